@@ -61,7 +61,7 @@ proto-check: $(PROTO_VENV)/.tools  ## fail where worker_pb2_gen is not what prot
 	done
 
 bench: $(VENV)/.dev  ## measure, side by side with the peers that are installed
-	@$(VENV)/bin/python bench/bench.py $(ARGS)
+	@$(VENV)/bin/python bench/run.py $(ARGS)
 
 clean:  ## remove what was built here; ./data stays
 	@rm -rf $(VENV) $(PROTO_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

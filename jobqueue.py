@@ -45,6 +45,7 @@ import email.utils
 import errno
 import functools
 import gc
+import hashlib
 import heapq
 import hmac
 import http.client
@@ -71,7 +72,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 try:
@@ -99,10 +100,11 @@ def _number(kind: type, low: float, high: float) -> Callable[[str, Any], Any]:
             with contextlib.suppress(TypeError, ValueError):
                 value = kind(given)
         if not low <= value <= high:
-            whole = "a whole number, " if kind is int else ""
+            whole = "a whole number, " if kind is int and value != value else ""
             raise ValueError(f"{name} must be {whole}{low:.15g} to {high:.15g}, got {given!s}")
         return value
 
+    parse.schema = {"type": "integer" if kind is int else "number", "minimum": low, "maximum": high}
     return parse
 
 
@@ -112,6 +114,7 @@ def _choice(*allowed: str) -> Callable[[str, Any], str]:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
         return given
 
+    parse.schema = {"type": "string", "enum": list(allowed)}
     return parse
 
 
@@ -237,7 +240,7 @@ def microseconds(seconds: float) -> int:
 
 def iso_time(moment: int) -> str:
     """Microseconds since 1970 as RFC 3339 with six digits, as in 2023-06-01T12:34:56.123456Z."""
-    return datetime.fromtimestamp(moment / 1e6, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.fromtimestamp(moment / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 # == Errors ============================================================================================================
@@ -763,7 +766,8 @@ class Journal:
         self.durable = settings.fsync == "always"
         self.seq = self.synced = self.size = 0
         self.failure: OSError | None = None
-        self.commits, self.syncs = 0, Histogram()
+        self._commits, self._syncs = Histogram(), Histogram()
+        self._since = 0.0  # when the first of those that wait began to
         self._file = -1
         self._tail = threading.Lock()  # the end of the file: held by an append, and by the switch to a compacted file
         self._waiting: list[tuple[Future, Any, str | None]] = []
@@ -906,6 +910,7 @@ class Journal:
         with self._wake:
             self._waiting.append((future, value, job_id))
             if len(self._waiting) == 1:
+                self._since = self._clock.monotonic()
                 self._wake.notify()
         if self.failure:  # it failed in between: nobody else will answer
             future.set_exception(self._unknown(job_id))
@@ -918,7 +923,7 @@ class Journal:
             with self._wake:
                 if not (self._waiting or self._closing or self._switch):
                     self._clock.wait(self._wake, self._patience())
-                waiting, self._waiting = self._waiting, []
+                waiting, self._waiting, since = self._waiting, [], self._since
                 switch, self._switch = self._switch, None
                 closing = self._closing
             try:
@@ -928,6 +933,8 @@ class Journal:
                     self._switch_to(switch)
             except OSError as error:
                 self._fail(error)
+            if waiting:
+                self._commits.observe(self._clock.monotonic() - since)
             for future, value, job_id in waiting:
                 future.set_result(self._unknown(job_id) if self.failure else value)
             if closing and not waiting:
@@ -944,8 +951,7 @@ class Journal:
         if seq > self.synced:
             before = self._clock.monotonic()
             _sync_data(self._file)
-            self.syncs.observe(self._clock.monotonic() - before)
-            self.commits += 1
+            self._syncs.observe(self._clock.monotonic() - before)
             self.synced = seq
         if not self.durable:
             self._marked = seq
@@ -973,6 +979,11 @@ class Journal:
             switch.error = self.failure
             switch.discard()
             switch.done.set()
+
+    def figures(self) -> dict[str, Any]:
+        """For METRICS."""
+        return {"journal_bytes": self.size, "disk_full": int(self._reserve.spent), "commit_seconds": self._commits,
+                "fsync_seconds": self._syncs}
 
     def _unknown(self, job_id: str | None) -> JobQueueError:
         return JobQueueError("outcome_unknown", f"the disk failed ({self.failure}); look the job up after a restart", job_id)
@@ -1224,6 +1235,10 @@ class Engine(abc.ABC):
         """Counts by queue and state, ages, waiters."""
 
     @abc.abstractmethod
+    def figures(self) -> dict[str, Any]:
+        """Counters and histograms since the start, named as in METRICS without the prefix."""
+
+    @abc.abstractmethod
     def workers_seen(self) -> list[dict[str, Any]]:
         """The workers that polled lately, the latest last."""
 
@@ -1329,7 +1344,9 @@ class LocalEngine(Engine):
         self._compacting = False
         self._compact_again = 0.0
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
-        self.totals = dict.fromkeys(("submitted", "completed", "retries", "lapsed", "late", "duplicates"), 0)
+        self._totals = dict.fromkeys(("jobs_submitted_total", "jobs_completed_total", "retries_total", "leases_lapsed_total",
+                                      "late_completions_total", "duplicate_completions_total", "compactions_total"), 0)
+        self._waits = Histogram()  # from submit to the first hand-over
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
         self._timer_thread = threading.Thread(target=self._time_forever, name="jobqueue-timer", daemon=True)
@@ -1508,7 +1525,7 @@ class LocalEngine(Engine):
         failures = job.failures + (job.settled != "lapse")
         changes = {"settled": "fail", "failures": failures, "error": error}
         if retry and failures < job.attempts:
-            self.totals["retries"] += 1
+            self._totals["retries_total"] += 1
             delay = retry_delay(failures) if delay is None else delay
             job = self._change(job, "retry", urgent=True, **changes, delay=delay,
                                available=self._wall() + microseconds(delay))
@@ -1592,12 +1609,16 @@ class LocalEngine(Engine):
         for lane in self._lanes.values():
             oldest = self._oldest(lane)
             age = None if oldest is None else max(0.0, (wall - oldest.created) / 1e6)
-            queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused or self._all_paused,
+            queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused,
                                  "oldest_pending_seconds": age}
         waiting = {f"waiting_{who}": max(0, self._waiting_now(who)) for who in self._waiting}
         return {"total": len(self._jobs), **_as_counts(self._counts), "bytes": self._unfinished_bytes,
                 "finished_bytes": self._finished_bytes, **waiting, "paused": self._all_paused,
                 "draining": self._drained is not None, "queues": queues}
+
+    @_verb
+    def figures(self) -> dict[str, Any]:
+        return {**self._totals, **self.journal.figures(), "job_wait_seconds": self._waits}
 
     @_verb
     def workers_seen(self) -> list[dict[str, Any]]:
@@ -1675,7 +1696,7 @@ class LocalEngine(Engine):
                    expires=wall + microseconds(ttl) if ttl is not None else None, **fields)
 
     def _accept(self, job: Job, seq: int) -> Job:
-        self.totals["submitted"] += 1
+        self._totals["jobs_submitted_total"] += 1
         job = job._replace(record=seq)
         self._order.add(job.number, job.id)
         if job.key is not None:
@@ -1771,10 +1792,10 @@ class LocalEngine(Engine):
     def _complete(self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None) -> Outcome:
         job = self._find(job_id)
         if not check_lease(job, token, "complete"):
-            self.totals["duplicates"] += 1
+            self._totals["duplicate_completions_total"] += 1
             return Outcome(job, duplicate=True)
-        self.totals["late"] += job.settled == "lapse"
-        self.totals["completed"] += 1
+        self._totals["late_completions_total"] += job.settled == "lapse"
+        self._totals["jobs_completed_total"] += 1
         self._count_worker(job.worker, "completed")
         changes = {"settled": "complete", "finished": self._wall(), "result": result, "result_kind": kind}
         if content_type is not None:
@@ -1860,8 +1881,11 @@ class LocalEngine(Engine):
 
     def _lease(self, job: Job, claim: Claim) -> Job:
         seconds = claim.lease or job.lease or self._settings.lease
+        wall = self._wall()
+        if not job.deliveries:
+            self._waits.observe((wall - job.created) / 1e6)
         return self._change(job, "lease", urgent=True, settled=None, token=secrets.token_hex(8), lease_seconds=seconds,
-                            worker=claim.worker, deliveries=job.deliveries + 1, started=self._wall())
+                            worker=claim.worker, deliveries=job.deliveries + 1, started=wall)
 
     def _claim(self, claim: Claim, answer: Callable[[list[Job]], tuple[Any, int]]) -> Future:
         """A future of what `answer` makes of the jobs (and the record it has to wait for)."""
@@ -2011,7 +2035,7 @@ class LocalEngine(Engine):
 
     def _lease_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
-        self.totals["lapsed"] += 1
+        self._totals["leases_lapsed_total"] += 1
         lost = {"failures": job.failures + 1, "settled": "lapse"}
         if job.failures + 1 >= job.attempts:
             error = f"the lease of {job.lease_seconds:g} s ran out on attempt {job.failures + 1}"
@@ -2077,6 +2101,7 @@ class LocalEngine(Engine):
         before = self.journal.size
         try:
             self.journal.compact(*arguments)
+            self._totals["compactions_total"] += 1
             log.info("compacted bytes_before=%d bytes_after=%d", before, self.journal.size)
         except OSError as error:
             log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
@@ -2366,8 +2391,9 @@ def job_view(job: Job, lease_ends: int | None = None) -> dict[str, Any]:
 class HttpApi:
     """The handlers of ROUTES."""
 
-    def __init__(self, service: JobService, metrics: Callable[[], str]) -> None:
-        self._service, self._engine, self._metrics = service, service.engine, metrics
+    def __init__(self, service: JobService, pages: dict[str, Callable[[], Response]]) -> None:
+        self._service, self._engine = service, service.engine
+        self.__dict__.update((name, lambda request, page=page: page()) for name, page in pages.items())
 
     # -- clients
 
@@ -2594,9 +2620,6 @@ class HttpApi:
             raise JobQueueError("draining", "the server is stopping")
         return Response(200, b'{"status":"ready"}')
 
-    def metrics(self, request: Request) -> Response:
-        return Response(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
-
 
 def _from_base64(encoding: str, data: bytes) -> bytes:
     with contextlib.suppress(ValueError):
@@ -2689,6 +2712,8 @@ ROUTES = (
     Route("GET", "/metrics", "metrics", "admin", "Figures for Prometheus", slow=True),
     Route("GET", "/health", "health", None, "Is it alive?"),
     Route("GET", "/ready", "ready", None, "Does it take jobs?"),
+    Route("GET", "/openapi.json", "openapi", None, "This interface as an OpenAPI 3.1 document", slow=True),
+    Route("GET", "/", "dashboard", None, "The dashboard's page; it holds no data", slow=True),
 )
 
 
@@ -2747,6 +2772,948 @@ def parse_query(query: str, known: dict[str, tuple[Callable, str]]) -> dict[str,
         except ValueError as error:
             raise JobQueueError("invalid_parameter", str(error)) from None
     return values
+
+
+# == Metrics ===========================================================================================================
+# What /metrics tells, in the text format of Prometheus. A row a metric; the README's table is held against this one.
+
+METRICS = {
+    "jobqueue_info": ("gauge", "Version of the server; always 1"),
+    "jobqueue_uptime_seconds": ("gauge", "Seconds since the start"),
+    "jobqueue_jobs": ("gauge", "Jobs by queue and state"),
+    "jobqueue_oldest_pending_seconds": ("gauge", "Age of the oldest pending job of a queue"),
+    "jobqueue_queue_paused": ("gauge", "1 while nothing is handed out of the queue"),
+    "jobqueue_held_clients": ("gauge", "Clients waiting for a result"),
+    "jobqueue_waiting_workers": ("gauge", "Long polls waiting for a job"),
+    "jobqueue_connections": ("gauge", "Open HTTP connections"),
+    "jobqueue_jobs_submitted_total": ("counter", "Jobs accepted"),
+    "jobqueue_jobs_completed_total": ("counter", "Jobs completed"),
+    "jobqueue_retries_total": ("counter", "Failed attempts that are tried again"),
+    "jobqueue_leases_lapsed_total": ("counter", "Leases that ran out"),
+    "jobqueue_late_completions_total": ("counter", "Completions that came after their lease had run out"),
+    "jobqueue_duplicate_completions_total": ("counter", "Completions that were repetitions"),
+    "jobqueue_compactions_total": ("counter", "Compactions of the journal"),
+    "jobqueue_journal_bytes": ("gauge", "Size of the journal"),
+    "jobqueue_disk_full": ("gauge", "1 while the disk's reserve is in use and submits are refused"),
+    "jobqueue_job_wait_seconds": ("histogram", "Time from submit to the first hand-over"),
+    "jobqueue_commit_seconds": ("histogram", "Time the first answer of a group waited for the disk"),
+    "jobqueue_fsync_seconds": ("histogram", "Time of a sync of the journal"),
+    "jobqueue_http_request_duration_seconds": ("histogram", "HTTP requests by method, route and status, held ones included"),
+    "jobqueue_grpc_request_duration_seconds": ("histogram", "gRPC calls by method and code, held ones included"),
+}
+
+
+def metrics_text(figures: dict[str, list[tuple[dict[str, Any], Any]]]) -> str:
+    """`figures`: name -> rows of labels and a number or a Histogram."""
+    lines = []
+    for name, (kind, text) in METRICS.items():
+        rows = figures.get(name, ())
+        if rows:
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for labels, value in rows:
+            lines += _histogram_lines(name, labels, value) if kind == "histogram" else [f"{name}{_labels(labels)} {value}"]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(labels: dict[str, Any]) -> str:
+    """The values are route paths, queue names and codes: none holds a quote, a backslash or a line end."""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""
+
+
+def _histogram_lines(name: str, labels: dict[str, Any], histogram: Histogram) -> Iterator[str]:
+    total = 0
+    for bound, count in zip((*Histogram.BOUNDS, "+Inf"), tuple(histogram.counts), strict=True):
+        total += count
+        yield f"{name}_bucket{_labels({**labels, 'le': bound})} {total}"
+    yield f"{name}_sum{_labels(labels)} {histogram.sum}"
+    yield f"{name}_count{_labels(labels)} {total}"
+
+
+def queue_figures(stats: dict[str, Any], figures: dict[str, Any]) -> dict[str, list[tuple[dict[str, Any], Any]]]:
+    """The rows of METRICS that the engine's `stats` and `figures` answer."""
+    queues = stats["queues"].items()
+    states = ("delayed", "pending", "running", "completed", "failed", "expired", "cancelled")
+    return {
+        "jobqueue_info": [({"version": __version__}, 1)],
+        "jobqueue_uptime_seconds": [({}, stats["uptime_seconds"])],
+        "jobqueue_jobs": [({"queue": queue, "state": state}, row[state]) for queue, row in queues for state in states],
+        "jobqueue_oldest_pending_seconds": [({"queue": queue}, row["oldest_pending_seconds"] or 0) for queue, row in queues],
+        "jobqueue_queue_paused": [({"queue": queue}, int(row["paused"] or stats["paused"])) for queue, row in queues],
+        "jobqueue_held_clients": [({}, stats["waiting_clients"])],
+        "jobqueue_waiting_workers": [({}, stats["waiting_workers"])],
+        **{f"jobqueue_{name}": [({}, value)] for name, value in figures.items()},
+    }
+
+
+# == OpenAPI and dashboard =============================================================================================
+
+_PROBLEM = {
+    "type": "object",
+    "required": ["title", "status", "detail", "code", "error"],
+    "properties": {"title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"},
+                   "code": {"type": "string", "enum": sorted(ERRORS)}, "error": {"type": "string"},
+                   "job_id": {"type": "string"}},
+}
+# What a route answers beside 200 with JSON; what is not here is a problem (RFC 9457).
+_ANSWERS = {
+    "submit": {"200": "The result", "202": "Accepted; the job goes on"},
+    "submit_many": {"202": "Accepted, all of them"},
+    "poll": {"200": "A job, or a list of jobs with `max`", "204": "No job"},
+    "peek": {"200": "The job", "204": "No job"},
+}
+_OTHER_TYPES = {"metrics": "text/plain", "dashboard": "text/html", "result": "*/*"}
+_BODY_TYPES = {"submit_many": "application/x-ndjson", "complete_many": "application/json"}
+
+
+def openapi(routes: Iterable[Route]) -> dict[str, Any]:
+    """An OpenAPI 3.1 document of the routes."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "jobqueue", "version": __version__, "description": "A synchronous job queue."},
+        "paths": paths,
+        "components": {"schemas": {"Problem": _PROBLEM},
+                       "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    answers = _ANSWERS.get(route.handler, {"200": route.summary})
+    kind = _OTHER_TYPES.get(route.handler, "application/json")
+    problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    operation: dict[str, Any] = {
+        "operationId": route.handler,
+        "summary": route.summary,
+        "parameters": [{"name": name, "in": "query", "description": text, "schema": getattr(parse, "schema", {"type": "string"})}
+                       for name, (parse, text) in route.parameters.items()],
+        "responses": {
+            **{status: {"description": text, **({} if status == "204" else {"content": {kind: {}}})}
+               for status, text in answers.items()},
+            "default": {"description": "What went wrong", "content": problem},
+        },
+    }
+    if "{job_id}" in route.path:
+        operation["parameters"].insert(0, {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}})
+    if route.method == "POST" and route.body:
+        operation["requestBody"] = {"content": {_BODY_TYPES.get(route.handler, "*/*"): {}}}
+    if route.scope:
+        operation["security"] = [{}, {"token": []}]
+        operation["description"] = f"Scope: {route.scope}"
+    return operation
+
+
+def _page_headers(page: str) -> tuple[tuple[str, str], ...]:
+    """Nothing but the page's own script and style may run, and it may talk to this server alone."""
+
+    def digest(tag: str) -> str:
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    policy = (f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src data:; "
+              "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "require-trusted-types-for 'script'; trusted-types 'none'")
+    return (("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"))
+
+
+DASHBOARD = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>jobqueue</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cg
+ fill='%234263eb'%3E%3Crect width='16' height='4' rx='1.5'/%3E%3Crect y='6' width='11' height='4' rx='1.5'/%3E
+%3Crect y='12' width='6' height='4' rx='1.5'/%3E%3C/g%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --page: #f5f6f8; --card: #fff; --line: #e0e3e8; --edge: #868e99; --text: #1b1f26; --soft: #5a6370;
+  --accent: #3b5bdb; --fill: #3b5bdb1f; --well: #f1f3f6; --bad: #c92a2a; --badfill: #fff0f0;
+  --pending: #b35c00; --running: #1971c2; --completed: #2b8a3e; --delayed: #7048e8; --none: #868e99;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #13161b; --card: #1b1f26; --line: #2d333d; --edge: #69727f; --text: #e4e7ec; --soft: #a0a9b6;
+    --accent: #8da2fb; --fill: #8da2fb26; --well: #14181e; --bad: #ff8f8f; --badfill: #3a1f23;
+    --pending: #f2b15c; --running: #6cb6ff; --completed: #6fcf84; --delayed: #b8a1ff; --none: #8a939f;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+header, main { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 14px; padding-block: 18px 14px; }
+main { display: grid; gap: 16px; padding-bottom: 40px; }
+h1, h2, h3, p, dl, dd, figure { margin: 0; }
+h1 { font-size: 20px; letter-spacing: -.01em; }
+h2 { font-size: 15px; }
+h3 { font-size: 13px; color: var(--soft); margin-top: 16px; }
+.soft { color: var(--soft); font-size: 13px; }
+.push { margin-left: auto; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
+  min-width: 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[hidden] { display: none !important; }
+button, input, select { font: inherit; font-size: 14px; color: inherit; background: var(--card);
+  border: 1px solid var(--edge); border-radius: 7px; padding: 5px 11px; min-height: 34px; max-width: 100%; }
+button { cursor: pointer; }
+button:hover:enabled { border-color: var(--accent); color: var(--accent); }
+button:disabled { opacity: .45; cursor: default; }
+button.small { min-height: 28px; padding: 2px 9px; font-size: 13px; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
+button.danger { color: var(--bad); border-color: var(--bad); }
+button.main:hover:enabled { color: var(--card); filter: brightness(1.08); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+a { color: var(--accent); }
+.dot::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
+  margin-right: 7px; background: var(--none); }
+.pending::before { background: var(--pending); } .processing::before { background: var(--running); }
+.completed::before { background: var(--completed); } .delayed::before { background: var(--delayed); }
+.failed::before { background: var(--bad); }
+.bad { color: var(--bad); } .held { color: var(--pending); font-size: 13px; }
+#banner, .note { background: var(--card); border: 1px solid; border-radius: 8px; padding: 8px 12px; }
+#banner, .note.bad { background: var(--badfill); color: var(--bad); }
+#note { position: fixed; inset: auto 16px 16px; margin: 0 auto; width: fit-content; max-width: 90vw;
+  box-shadow: 0 4px 18px #0003; z-index: 1; }
+.note:empty { display: none; }
+.stale .card { opacity: .5; }
+#counts:empty { display: none; }
+#counts { padding: 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(104px, 1fr));
+  overflow: hidden; }
+#counts button { border: 0; border-radius: 0; background: none; text-align: left; padding: 12px 16px; }
+#counts button:focus-visible { outline-offset: -3px; }
+#counts button:hover { background: var(--well); color: inherit; }
+#counts button[aria-pressed=true] { background: var(--fill); }
+#counts b { display: block; font-size: 24px; line-height: 1.25; font-weight: 600; letter-spacing: -.02em; }
+#counts span { font-size: 13px; color: var(--soft); }
+figure svg { display: block; width: 100%; height: 132px; margin-top: 8px; touch-action: pan-y; }
+figure strong { font-size: 18px; font-weight: 600; }
+svg text { fill: var(--soft); font-size: 11px; }
+svg .grid { stroke: var(--line); } svg .cursor { stroke: var(--soft); stroke-dasharray: 2 3; }
+svg .area { fill: var(--fill); }
+svg .line, svg .high { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linecap: round; }
+svg .high { stroke: var(--pending); }
+.key { display: inline-block; width: 12px; height: 3px; margin: 3px 5px; background: var(--accent); }
+.key.high { background: var(--pending); }
+.scroll { overflow-x: auto; margin-top: 10px; }
+table { width: 100%; border-collapse: collapse; font-size: 14px; }
+th { font-weight: inherit; text-align: left; }
+th, td { padding: 6px 10px 6px 0; border-top: 1px solid var(--line); vertical-align: middle; }
+thead th { border-top: 0; padding-top: 0; white-space: nowrap; font-size: 12px; color: var(--soft); }
+th:last-child, td:last-child { padding-right: 3px; }
+.num { text-align: right; white-space: nowrap; }
+#queues th { min-width: 5em; }
+#jobs td, #jobs a { max-width: 300px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#jobs a { display: inline-block; vertical-align: bottom; }
+#queue { width: 11em; }
+.mono, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 13px; }
+pre { margin: 6px 0 0; padding: 10px 12px; background: var(--well); border: 1px solid var(--line);
+  border-radius: 8px; white-space: pre-wrap; max-height: 320px; overflow: auto; }
+dialog { background: var(--card); color: inherit; border: 1px solid var(--line); border-radius: 12px;
+  padding: 20px; width: min(720px, calc(100vw - 24px)); max-height: calc(100dvh - 24px); }
+dialog .last { position: sticky; bottom: -20px; margin: 0 -4px -20px; padding: 12px 4px 20px;
+  background: inherit; }
+dialog.ask { width: min(440px, calc(100vw - 24px)); }
+dialog::backdrop { background: #0007; }
+dialog form, dialog > div { display: grid; gap: 12px; background: inherit; }
+dialog h3:first-child { margin-top: 0; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 16px; margin-top: 6px; font-size: 14px; }
+dt { color: var(--soft); }
+@media (max-width: 640px) {
+  header, main { padding-left: 12px; padding-right: 12px; }
+  main { gap: 12px; } .card { padding: 12px; }
+  .wide { display: none; }
+  #counts { grid-template-columns: repeat(3, 1fr); }
+  #counts button { padding: 9px 12px; }
+  #jobs a { max-width: 10ch; } #jobs td { max-width: 28vw; }
+  #find label, #find input, #find select { flex: 1 1 40%; width: 100%; }
+  #find h2 { width: 100%; } #find label:last-of-type { flex-basis: 100%; }
+  figure strong { font-size: 15px; }
+  table { font-size: 13px; } th, td { padding-right: 6px; }
+  #queues th { min-width: 6.2em; } #queues button { padding: 2px 6px; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1>jobqueue</h1>
+  <span class="soft" id="about"></span>
+  <span class="row push">
+    <button type="button" data-do="pauseAll" id="pauseall">Pause all</button>
+    <button type="button" data-do="askToken">Token</button>
+    <button type="button" data-do="clear" class="danger">Clear…</button>
+  </span>
+</header>
+<main>
+  <noscript><p class="card">This page needs JavaScript. Its figures are at /api/admin/stats.</p></noscript>
+  <div id="banner" class="row" role="status" hidden>
+    <span id="trouble"></span> <button type="button" class="small push" id="again" data-do="again"></button>
+  </div>
+  <p class="unseen" role="status" id="spoken"></p>
+  <section aria-label="Jobs by state"><div class="card" id="counts"></div></section>
+  <p class="soft" id="waiting"></p>
+  <div class="pair">
+    <figure class="card">
+      <figcaption class="row"><h2>Completed</h2><strong class="push" id="rate">–</strong></figcaption>
+      <svg id="rateplot" role="img" aria-label="Jobs completed a second, last five minutes"></svg>
+    </figure>
+    <figure class="card">
+      <figcaption class="row"><h2 id="latencyname">Latency</h2>
+        <span class="soft"><i class="key"></i>p50 <i class="key high"></i>p95</span>
+        <strong class="push" id="latency">–</strong></figcaption>
+      <svg id="latencyplot" role="img" aria-label="Latency, last five minutes"></svg>
+    </figure>
+  </div>
+  <div class="pair">
+    <section class="card" aria-labelledby="queuesname">
+      <h2 id="queuesname">Queues</h2>
+      <div class="scroll"><table>
+        <thead><tr><th scope="col">Queue</th><th scope="col" class="num">Pending</th>
+          <th scope="col" class="num">Running</th><th scope="col" class="num wide">Delayed</th>
+          <th scope="col" class="num wide">Failed</th><th scope="col" class="num">Oldest</th>
+          <th scope="col"><span class="unseen">Action</span></th></tr></thead>
+        <tbody id="queues"></tbody></table></div>
+      <p class="soft" id="noqueues" hidden>No queue yet: the first job makes one.</p>
+    </section>
+    <section class="card" aria-labelledby="workersname">
+      <h2 id="workersname">Workers</h2>
+      <div class="scroll"><table>
+        <thead><tr><th scope="col">Worker</th><th scope="col" class="wide">Queues</th>
+          <th scope="col" class="num">Running</th><th scope="col" class="num">Done</th>
+          <th scope="col" class="num">Failed</th><th scope="col" class="num">Seen</th></tr></thead>
+        <tbody id="workers"></tbody></table></div>
+      <p class="soft" id="noworkers" hidden>No worker seen yet.</p>
+    </section>
+  </div>
+  <section class="card" aria-labelledby="jobsname">
+    <form class="row" id="find" role="search">
+      <h2 id="jobsname">Jobs</h2>
+      <label><span class="unseen">State</span><select id="status"></select></label>
+      <label><span class="unseen">Queue</span>
+        <select id="queue"><option value="">Every queue</option></select></label>
+      <label><span class="unseen">Find by id, or text on this page</span>
+        <input type="search" id="search" placeholder="Id, or text on this page" autocomplete="off">
+      </label>
+      <button type="button" class="push" data-do="requeueFailed" id="requeueall" hidden></button>
+    </form>
+    <div class="scroll"><table>
+      <thead><tr><th scope="col">Job</th><th scope="col">State</th><th scope="col">Queue</th>
+        <th scope="col" class="num wide">Priority</th><th scope="col" class="num wide">Attempt</th>
+        <th scope="col" class="wide">Worker</th><th scope="col" class="wide">Error</th>
+        <th scope="col" class="num">Age</th></tr></thead>
+      <tbody id="jobs"></tbody></table></div>
+    <p class="soft" id="nojobs" hidden></p>
+    <p class="row soft"><span id="pagesays" role="status"></span>
+      <button type="button" class="small push" data-do="newer" id="newer" disabled>Newer</button>
+      <button type="button" class="small" data-do="older" id="older" disabled>Older</button></p>
+  </section>
+</main>
+<p class="note" id="note" role="status"></p>
+
+<dialog id="detail" aria-labelledby="jobname" closedby="any"><div>
+  <div class="row">
+    <h2>Job</h2><span class="mono" id="jobname"></span><span class="dot push" id="jobstate"></span></div>
+  <p class="note" role="status"></p>
+  <dl id="facts"></dl>
+  <section id="body"></section>
+  <div class="row last">
+    <button type="button" data-do="cancelJob" id="cancel" class="danger">Cancel job</button>
+    <button type="button" data-do="requeueJob" id="requeue">Requeue</button>
+    <a id="result" target="_blank" rel="noopener noreferrer">Open result</a>
+    <button type="button" class="push" data-do="shut" id="shut">Close</button>
+  </div>
+</div></dialog>
+
+<dialog id="ask" class="ask" aria-labelledby="asktitle" aria-describedby="asktext"><form method="dialog">
+  <h2 id="asktitle">Forget every job?</h2>
+  <p id="asktext"></p>
+  <div class="row"><button value="no" class="push" autofocus>Keep them</button>
+    <button value="yes" class="danger">Clear everything</button></div>
+</form></dialog>
+
+<dialog id="login" class="ask" aria-labelledby="logintitle"><form method="dialog">
+  <h2 id="logintitle">Access token</h2>
+  <p class="note" role="status"></p>
+  <label for="token" class="soft">A token with the scope admin. It is kept in this tab only.</label>
+  <input type="password" id="token" autocomplete="off" spellcheck="false">
+  <div class="row"><button type="button" data-do="forget" id="forget">Forget</button>
+    <button value="no" formnovalidate class="push" type="button" data-do="shut">Not now</button>
+    <button value="yes" class="main">Use token</button></div>
+</form></dialog>
+
+<script>
+"use strict";
+// What the server says goes on the page as text (textContent), never as markup: a payload is a stranger's.
+const EVERY = 2000, SPAN = 300000, PAGE = 25, SHOWN = 65536, GAP = 12000;
+// Jobs are shown by these states; the API's "processing" is "running" in the stats and on the page.
+const STATES = ["pending", "processing", "delayed", "completed", "failed", "expired", "cancelled"];
+const FINAL = ["completed", "failed", "expired", "cancelled"], AGAIN = ["failed", "expired", "cancelled"];
+const TIMES = [["Created", "created_at"], ["Available", "available_at"], ["Started", "started_at"],
+  ["Lease until", "lease_expires_at"], ["Expires", "expires_at"], ["Finished", "finished_at"]];
+const HISTOGRAMS = [  // the first one that /metrics has is plotted
+  ["jobqueue_job_wait_seconds", "", "Wait in line"],
+  ["jobqueue_http_request_duration_seconds", "/api/submit", "Submit to answer"],
+];
+const live = { timer: 0, busy: false, locked: false, failures: 0, since: null, skew: 0,
+  stats: null, last: null, samples: [], spokenAt: 0 };
+const view = { queue: "", status: "", cursors: [""], next: null, jobs: [], asked: 0, turn: 0,
+  job: null, jobText: "" };
+
+// -- small tools
+const $ = id => document.getElementById(id);
+const plain = state => state === "processing" ? "running" : state;
+const number = n => (n || 0).toLocaleString("en");
+const date = text => new Date(text).toLocaleString("sv-SE");  // 2023-06-01 12:34:56, in local time
+const ago = text => span(Math.round((Date.now() + live.skew - Date.parse(text)) / 1000));
+const jobPath = (id, rest = "") => "api/jobs/" + encodeURIComponent(id) + rest;
+const secret = () => sessionStorage.getItem("jobqueue-token") || "";
+function put(node, text) { if (node.textContent !== String(text)) node.textContent = text; return node; }
+function make(tag, name = "", text = "", parent = null) {
+  const node = put(document.createElement(tag), text);
+  if (name) node.className = name;
+  if (parent) parent.append(node);
+  return node;
+}
+function span(s) {
+  if (s === null || s === undefined || Number.isNaN(s)) return "–";
+  if (s < 0.9995) return s <= 0 ? "0 s" : (s * 1000).toPrecision(2) * 1 + " ms";
+  if (s < 60) return (s < 9.95 ? s.toFixed(1) * 1 : Math.round(s)) + " s";
+  if (s < 3600) return Math.floor(s / 60) + " min";
+  if (s < 86400) return Math.floor(s / 3600) + " h " + Math.floor(s % 3600 / 60) + " min";
+  return Math.floor(s / 86400) + " d " + Math.floor(s % 86400 / 3600) + " h";
+}
+function size(n) {
+  const power = n < 1024 ? 0 : Math.min(3, Math.floor(Math.log2(n) / 10)), shown = n / 1024 ** power;
+  return shown.toFixed(power && shown < 10 ? 1 : 0) + " " + ["bytes", "KiB", "MiB", "GiB"][power];
+}
+function say(text, bad = false) {  // a modal dialog covers the page: then it is the dialog that says it
+  const open = [...document.querySelectorAll("dialog[open] .note")].pop();
+  for (const note of document.querySelectorAll(".note")) put(note, note === (open || $("note")) ? text : "");
+  (open || $("note")).classList.toggle("bad", bad);
+  clearTimeout(say.timer);
+  if (text) say.timer = setTimeout(say, bad ? 20000 : 6000, "");
+}
+// One row for each item, kept while the item is there: what has the focus keeps it.
+function rows(body, items, key, start, fill) {
+  const wanted = new Set(items.map(key)), kept = new Map();
+  for (const row of [...body.children]) {
+    if (wanted.has(row.dataset.key)) kept.set(row.dataset.key, row); else row.remove();
+  }
+  items.forEach((item, at) => {
+    const row = kept.get(key(item)) || start(item);
+    row.dataset.key = key(item);
+    fill(row, item);
+    if (body.children[at] !== row) body.insertBefore(row, body.children[at] || null);
+  });
+}
+function tableRow(names, head) {
+  const row = make("tr");
+  names.forEach((name, at) => make(at || !head ? "td" : "th", name, "", row));
+  return row;
+}
+
+// -- talking to the server
+class Refused extends Error {
+  constructor(status, problem) {
+    super(problem.detail || problem.error || "the server answered " + status);
+    Object.assign(this, { status, code: problem.code || "" });
+  }
+}
+async function text(method, path) {
+  const headers = secret() ? { Authorization: "Bearer " + secret() } : {};
+  const signal = AbortSignal.timeout(15000);
+  const answer = await fetch(path, { method, headers, signal, cache: "no-store" });
+  const body = await answer.text(), skew = Date.parse(answer.headers.get("Date")) - Date.now();
+  live.skew = Math.abs(skew) > 2000 ? skew : 0;  // ages are by the server's clock
+  if (answer.ok) return body;
+  let problem = {};
+  try { problem = JSON.parse(body); } catch { /* a proxy's page, perhaps */ }
+  throw new Refused(answer.status, problem);
+}
+const call = async (method, path) => JSON.parse(await text(method, path));
+const wantsToken = problem => ["unauthorized", "forbidden"].includes(problem.code) || problem.status === 401;
+async function act(method, path, told) {
+  try { say(told(await call(method, path))); } catch (problem) { failed(problem); }
+  await refresh();
+}
+function failed(problem) {
+  if (!(problem instanceof Refused)) say("The server did not answer: " + problem.message, true);
+  else if (wantsToken(problem)) lock(problem);
+  else say(problem.message, true);
+}
+
+// -- the token: asked for when the server wants one, gone with the tab
+function lock(problem) {
+  live.locked = true;
+  trouble("This server wants an access token.", "Enter token");
+  askToken();
+  if (problem.status === 403) say("This token lacks the scope admin.", true);
+  else if (secret()) say("That token was refused.", true);
+}
+function askToken() {
+  $("forget").hidden = !secret();
+  if ($("login").open) return;
+  $("token").value = "";
+  $("login").showModal();
+  $("token").focus();
+}
+function useToken(event) {
+  const given = $("token").value.trim();
+  if (!/^[!-~]+$/.test(given)) {
+    event.preventDefault();
+    say(given ? "A token has no blanks and no letters beyond ASCII." : "Paste a token first.", true);
+    return;
+  }
+  sessionStorage.setItem("jobqueue-token", given);
+  unlock();
+}
+function forget() { sessionStorage.removeItem("jobqueue-token"); $("login").close(); unlock(); }
+function unlock() { live.locked = false; say(""); refresh(); openJob(location.hash.slice(1)); }
+
+// -- the beat: every 2 s while the tab is seen; slower and slower while the server is gone
+async function refresh() {
+  clearTimeout(live.timer);
+  if (document.hidden || live.locked) return;
+  if (live.busy) { live.busy = "again"; return; }
+  live.busy = true;
+  let wait = EVERY;
+  try {
+    const optional = promise => promise.catch(() => null);
+    const [stats, workers, metrics] = await Promise.all([call("GET", "api/admin/stats"),
+      optional(call("GET", "api/admin/workers")), optional(text("GET", "metrics")),
+      loadJobs(true), loadJob()]);
+    Object.assign(live, { failures: 0, since: null, stats });
+    trouble("");
+    sample(stats, metrics);
+    showStats(stats);
+    showWorkers(workers ? workers.workers : []);
+  } catch (problem) {
+    if (problem instanceof Refused && wantsToken(problem)) lock(problem);
+    else wait = gone(problem);
+  }
+  const again = live.busy === "again";
+  live.busy = false;
+  clearTimeout(live.timer);
+  if (again) refresh(); else live.timer = setTimeout(refresh, wait);
+}
+function gone(problem) {
+  live.since ||= new Date();
+  const wait = Math.min(30, 2 ** ++live.failures) * 1000;
+  const what = problem instanceof Refused ? problem.message : "the server does not answer";
+  const since = live.since.toTimeString().slice(0, 8);
+  trouble("Since " + since + ": " + what + ". The next try is in " + span(wait / 1000) + ".");
+  return wait;
+}
+function trouble(what, button = "Try now") {
+  $("banner").hidden = !what;
+  document.body.classList.toggle("stale", Boolean(what));
+  put($("trouble"), what);
+  put($("again"), button);
+}
+
+// -- throughput and latency: differences between two looks at the counters
+function readMetrics(text) {
+  const seen = { completed: null, families: new Map() };
+  for (const line of (text || "").split("\n")) {
+    const [, name, labels = "", value] = /^([a-zA-Z_:]+)(?:{(.*)})? ([^ ]+)/.exec(line) || [];
+    if (!name) continue;
+    if (name === "jobqueue_jobs_completed_total") seen.completed += Number(value);
+    for (const [family, route] of HISTOGRAMS) {
+      if (name !== family + "_bucket" || !labels.includes('"' + route)) continue;
+      const buckets = seen.families.get(family) || new Map(), [, le] = /le="([^"]+)"/.exec(labels);
+      const bound = le === "+Inf" ? Infinity : Number(le);
+      seen.families.set(family, buckets.set(bound, (buckets.get(bound) || 0) + Number(value)));
+    }
+  }
+  return seen;
+}
+function quantile(buckets, before, q) {
+  const bounds = [...buckets.keys()].sort((a, b) => a - b);
+  const counts = bounds.map(bound => buckets.get(bound) - (before.get(bound) || 0));
+  const rank = counts.at(-1) * q;
+  if (!(rank > 0)) return null;
+  const at = counts.findIndex(count => count >= rank), low = bounds[at - 1] || 0, under = counts[at - 1] || 0;
+  return bounds[at] === Infinity ? low : low + (bounds[at] - low) * (rank - under) / (counts[at] - under);
+}
+function sample(stats, metrics) {
+  const at = Date.now(), now = readMetrics(metrics), before = live.last;
+  const histogram = HISTOGRAMS.find(([family]) => now.families.has(family));
+  const done = now.completed ?? stats.completed;  // the kept ones, where there is no counter
+  const buckets = histogram && now.families.get(histogram[0]);
+  live.last = { at, done, buckets, counted: now.completed !== null, uptime: stats.uptime_seconds };
+  put($("latencyname"), histogram ? histogram[2] : "Latency: not in /metrics");
+  if (!before || before.counted !== live.last.counted || stats.uptime_seconds < before.uptime) return;
+  const point = { at, rate: Math.max(0, done - before.done) / Math.max(.5, (at - before.at) / 1000),
+    half: null, high: null };
+  if (buckets && before.buckets) {
+    point.half = quantile(buckets, before.buckets, .5);
+    point.high = quantile(buckets, before.buckets, .95);
+  }
+  live.samples = live.samples.filter(old => at - old.at < SPAN + GAP).concat(point);
+  draw();
+}
+// The plots begin with a minute and grow to five.
+const reach = () => Math.min(SPAN, Math.max(60000, Date.now() - (live.samples[0]?.at || Infinity)));
+const perSecond = v => (v < 10 ? v.toFixed(1) : number(Math.round(v))) + "/s";
+function draw(pointed = null) {
+  const shown = pointed || live.samples.at(-1) || {};
+  put($("rate"), shown.rate === undefined ? "–" : perSecond(shown.rate));
+  put($("latency"), shown.half ? span(shown.half) + " / " + span(shown.high) : "–");
+  plot($("rateplot"), ["rate"], perSecond, pointed);
+  plot($("latencyplot"), ["high", "half"], span, pointed);
+}
+function plot(svg, keys, label, pointed) {
+  const right = svg.clientWidth - 1, high = svg.clientHeight, top = 8, low = high - 20;
+  const now = Date.now(), wide = reach();
+  const most = Math.max(0, ...live.samples.flatMap(s => keys.map(key => s[key] || 0))) || 1;
+  const unit = 10 ** Math.floor(Math.log10(most)), steps = [1, 1.5, 2, 3, 4, 6, 8, 10];
+  const limit = steps.find(n => n * unit >= most * .999) * unit;
+  const x = at => (right * (1 - (now - at) / wide)).toFixed(1);
+  const y = v => (low - (low - top) * v / limit).toFixed(1);
+  const parts = [];
+  const draw = (tag, name, attributes, text) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries({ class: name, ...attributes })) node.setAttribute(key, value);
+    if (text) node.textContent = text;
+    parts.push(node);
+  };
+  for (const v of [0, limit / 2, limit]) draw("line", "grid", { x1: 0, x2: right, y1: y(v), y2: y(v) });
+  for (const key of keys) {
+    let line = "", area = "", last = null, from = null;
+    const close = () => { if (last) area += `L${x(last.at)} ${low}L${from} ${low}Z`; last = null; };
+    for (const s of live.samples.filter(s => now - s.at <= wide)) {
+      if (last && (s[key] === null || s.at - last.at > GAP)) close();  // no job, or the tab was hidden
+      if (s[key] === null) continue;
+      const spot = `${x(s.at)} ${y(s[key])}`;
+      if (!last) from = x(s.at);
+      line += last ? "L" + spot : `M${spot}L${spot}`;  // a lone sample is a dot
+      area += (last ? "L" : "M") + spot;
+      last = s;
+    }
+    close();
+    if (key === "rate") draw("path", "area", { d: area });
+    draw("path", key === "high" ? "high" : "line", { d: line });
+  }
+  draw("text", "", { x: 0, y: top + 13 }, label(limit));
+  draw("text", "", { x: 0, y: high - 4 }, span(wide / 1000) + " ago");
+  const when = pointed ? span(Math.round((now - pointed.at) / 1000)) + " ago" : "now";
+  draw("text", "", { x: right, y: high - 4, "text-anchor": "end" }, when);
+  if (pointed) draw("line", "cursor", { x1: x(pointed.at), x2: x(pointed.at), y1: top, y2: low });
+  svg.replaceChildren(...parts);
+}
+function point(event) {
+  const box = event.currentTarget.getBoundingClientRect();
+  const off = s => Math.abs(Date.now() - reach() * (1 - (event.clientX - box.left) / box.width) - s.at);
+  draw(live.samples.reduce((a, b) => a && off(a) < off(b) ? a : b, null));
+}
+
+// -- counts, queues, workers
+function showStats(stats) {
+  const count = state => stats[plain(state)] || 0;
+  rows($("counts"), STATES, state => state, state => {
+    const tile = make("button");
+    tile.type = "button";
+    tile.dataset.do = "pick";
+    tile.append(make("b"), make("span", "dot " + state, plain(state)));
+    return tile;
+  }, (tile, state) => {
+    put(tile.firstChild, number(count(state)));
+    tile.setAttribute("aria-pressed", String(view.status === state));
+  });
+  const [clients, workers] = [stats.waiting_clients, stats.waiting_workers].map(number);
+  const waiting = `${clients} clients and ${workers} workers waiting`;
+  put($("waiting"), `${waiting}, ${number(stats.total)} jobs with ${size(stats.bytes || 0)} kept`);
+  put($("about"), `version ${stats.version}, up ${span(Math.floor(stats.uptime_seconds))}`);
+  const [verb, action] = stats.paused ? ["Resume", "resumeAll"] : ["Pause", "pauseAll"];
+  put($("pauseall"), verb + " all").dataset.do = action;
+  document.title = number(stats.pending) + " pending – jobqueue";
+  if (Date.now() - live.spokenAt > 20000) {  // a screen reader that is told every 2 s says nothing else
+    put($("spoken"), STATES.map(state => number(count(state)) + " " + plain(state)).join(", "));
+    live.spokenAt = Date.now();
+  }
+  const queues = Object.entries(stats.queues || {}).sort(([a], [b]) => a < b ? -1 : 1);
+  rows($("queues"), queues, ([name]) => name, () => {
+    const row = tableRow(["", "num", "num", "num wide", "num wide", "num", "num"], true);
+    make("button", "small", "", row.lastChild).type = "button";
+    row.firstChild.append(make("span"), make("span", "held"));
+    return row;
+  }, (row, [name, queue]) => {
+    const [title, ...cells] = row.children, button = cells[5].firstChild;
+    put(title.firstChild, name);
+    put(title.lastChild, queue.paused || stats.paused ? " paused" : "");
+    [queue.pending, queue.running, queue.delayed, queue.failed].forEach((n, at) => put(cells[at], number(n)));
+    put(cells[4], span(queue.oldest_pending_seconds));
+    put(button, queue.paused ? "Resume" : "Pause").dataset.do = queue.paused ? "resume" : "pause";
+    button.setAttribute("aria-label", button.textContent + " queue " + name);
+  });
+  $("noqueues").hidden = queues.length > 0;
+  rows($("queue"), ["", ...new Set(queues.map(([name]) => name).concat(view.queue || []))], name => name,
+    name => Object.assign(make("option", "", name || "Every queue"), { value: name }), () => {});
+  const failures = view.queue ? stats.queues[view.queue]?.failed : stats.failed;
+  $("requeueall").hidden = !failures;
+  put($("requeueall"), "Requeue all " + number(failures) + " failed");
+}
+function showWorkers(workers) {
+  const start = () => tableRow(["", "wide", "num", "num", "num", "num"], true);
+  rows($("workers"), workers, worker => String(worker.worker), start, (row, worker) => {
+    const cells = row.children;
+    put(cells[0], worker.worker || "(no name)").className = worker.waiting ? "dot completed" : "dot";
+    put(cells[1], [].concat(worker.queues || []).join(", "));
+    [worker.jobs_running, worker.completed, worker.failed].forEach((n, at) => put(cells[at + 2], number(n)));
+    put(cells[5], worker.waiting ? "waiting" : ago(worker.last_seen)).title = date(worker.last_seen);
+  });
+  $("noworkers").hidden = workers.length > 0;
+}
+
+// -- the list of jobs
+async function loadJobs(again = false) {
+  if (again && view.asked > 10) return;  // a rare state in a long list is not looked for every 2 s
+  const turn = ++view.turn, jobs = [];
+  let next = view.cursors.at(-1);
+  let asked = 0;
+  while (asked++ < 200 && jobs.length < PAGE && next !== null) {  // the server's page may be short
+    const query = new URLSearchParams({ limit: PAGE - jobs.length });
+    for (const [name, value] of [["queue", view.queue], ["status", view.status], ["after", next]]) {
+      if (value) query.set(name, value);
+    }
+    const page = await call("GET", "api/jobs?" + query);
+    if (turn !== view.turn) return;  // another page was asked for meanwhile
+    jobs.push(...page.jobs);
+    next = page.next;
+  }
+  Object.assign(view, { jobs, next, asked });
+  if (!jobs.length && view.cursors.length > 1) { view.cursors = [""]; await loadJobs(); return; }
+  showJobs();
+}
+function showJobs() {
+  const words = $("search").value.trim().toLowerCase();
+  const said = job => [job.job_id, job.queue, plain(job.status), job.worker, errorText(job.error)].join(" ");
+  const jobs = view.jobs.filter(job => said(job).toLowerCase().includes(words));
+  rows($("jobs"), jobs, job => job.job_id, job => {
+    const row = tableRow(["", "", "", "num wide", "num wide", "wide", "wide soft", "num"]);
+    make("a", "mono", job.job_id, row.firstChild).href = "#" + job.job_id;
+    make("span", "", "", row.children[1]);
+    return row;
+  }, (row, job) => {
+    const [, state, ...cells] = row.children, error = errorText(job.error);
+    put(state.firstChild, plain(job.status)).className = "dot " + job.status;
+    const tries = job.attempt + " of " + job.attempts, age = ago(job.created_at);
+    [job.queue, job.priority, tries, job.worker || "", error, age].forEach((it, at) => put(cells[at], it));
+    cells[0].title = job.queue;
+    cells[4].title = error;
+    cells[5].title = date(job.created_at);
+  });
+  $("nojobs").hidden = jobs.length > 0;
+  const first = `No job yet. Send one: curl -d hello "${new URL("api/submit?wait=0", location)}"`;
+  put($("nojobs"), words ? "Nothing on this page fits. A whole id and Enter finds any job."
+    : view.next ? "None up to here. Older looks on." : view.queue || view.status ? "No such job." : first);
+  const some = (words ? number(jobs.length) + " of " : "") + number(view.jobs.length) + " jobs";
+  put($("pagesays"), `Page ${view.cursors.length}, ${some}, newest first`);
+  $("newer").disabled = view.cursors.length < 2;
+  $("older").disabled = !view.next;
+}
+function turnTo(cursors) { view.cursors = cursors; loadJobs().catch(failed); }
+function pick(status, queue) {
+  Object.assign(view, { status, queue });
+  $("status").value = status;
+  $("queue").value = queue;
+  turnTo([""]);
+  if (live.stats) showStats(live.stats);
+}
+
+// -- one job
+const errorText = error => typeof error === "string" ? error : error ? JSON.stringify(error) : "";
+// JSON.parse would round 12345678901234567890 and drop doubled keys: shown are the tokens as they were sent.
+const tokens = json => json.match(/"(?:[^"\\]+|\\.)*"|[{}[\]:,]|[^{}[\]:,"\s]+/g) || [];
+const opens = token => token === "{" || token === "[", closes = token => token === "}" || token === "]";
+function members(json) {
+  const found = {};
+  let depth = 0, key = null, parts = [];
+  for (const token of tokens(json)) {
+    if (closes(token)) depth--;
+    if (depth === 1 && key === null && token === ":") { key = JSON.parse(parts.pop()); parts = []; continue; }
+    if (depth === 0 || depth === 1 && token === ",") {
+      if (key !== null) found[key] = parts.join("");
+      key = null;
+      parts = [];
+    } else parts.push(token);
+    if (opens(token)) depth++;
+  }
+  return found;
+}
+function indented(json) {
+  let depth = 0, before = "", out = "";
+  for (const token of tokens(json)) {
+    if (closes(token)) depth--;
+    if (before === "," || opens(before) !== closes(token)) out += "\n" + "  ".repeat(depth);
+    out += token === ":" ? ": " : token;
+    if (opens(token)) depth++;
+    before = token;
+  }
+  return out;
+}
+function block(title, raw, encoding) {
+  const words = raw.startsWith('"'), whole = words ? JSON.parse(raw) : raw;
+  const cut = whole.length > SHOWN, kind = encoding ? JSON.parse(encoding) : words ? "text" : "JSON";
+  const note = cut ? ", the first " + size(SHOWN) + " of " + size(whole.length) : "";
+  make("h3", "", title + " (" + kind + note + ")", $("body"));
+  const body = make("pre", "", cut ? whole.slice(0, SHOWN) : words ? whole : indented(whole), $("body"));
+  body.tabIndex = 0;  // so that the arrow keys scroll it
+  body.setAttribute("aria-label", title);
+  return body;
+}
+function showJob(json) {
+  if (json === view.jobText) return;
+  const job = JSON.parse(json), raw = members(json), final = FINAL.includes(job.status);
+  Object.assign(view, { job, jobText: json });
+  put($("jobname"), job.job_id);
+  put($("jobstate"), plain(job.status)).className = "dot push " + job.status;
+  $("facts").replaceChildren();
+  const facts = [["Queue", job.queue], ["Priority", job.priority], ["Worker", job.worker],
+    ["Attempt", `${job.attempt} of ${job.attempts}`], ["Deliveries", job.deliveries],
+    ...TIMES.map(([title, name]) => [title, job[name] && date(job[name])])];
+  for (const [name, value] of facts) {
+    if (value || value === 0) $("facts").append(make("dt", "", name), make("dd", "", value));
+  }
+  $("body").replaceChildren();
+  if (job.error) block("Error", raw.error).classList.add("bad");
+  block("Payload", raw.payload || '""', raw.payload_encoding);
+  if (raw.result !== undefined) block("Result", raw.result, raw.result_encoding);
+  const headers = Object.entries(job.headers || {});
+  if (headers.length) make("h3", "", "Headers", $("body"));
+  for (const [name, value] of headers) {
+    const list = $("body").querySelector("dl") || make("dl", "", "", $("body"));
+    list.append(make("dt", "", name), make("dd", "mono", value));
+  }
+  const had = document.activeElement;
+  $("cancel").hidden = final;
+  $("requeue").hidden = !AGAIN.includes(job.status);
+  $("result").hidden = job.status !== "completed";
+  $("result").href = jobPath(job.job_id, "/result");
+  if (had.closest("#detail") && !had.checkVisibility()) $("shut").focus();
+}
+async function openJob(id) {
+  if (!id) return;
+  try {
+    const json = await text("GET", jobPath(id));
+    if (location.hash.slice(1) !== id) return;  // changed their mind meanwhile
+    showJob(json);
+    if ($("detail").open) return;
+    say("");
+    $("detail").showModal();
+    $("detail").scrollTop = 0;
+  } catch (problem) {
+    failed(problem);
+    if (!live.locked) forgetJob();
+  }
+}
+function forgetJob() {  // the address names the open job, so that it can be sent to a colleague
+  Object.assign(view, { job: null, jobText: "" });
+  if (location.hash) history.replaceState(null, "", location.pathname + location.search);
+}
+async function loadJob(always = false) {  // a job that moves is looked at again, unless it is heavy
+  if (!view.job || !always && (FINAL.includes(view.job.status) || view.jobText.length > 4 * SHOWN)) return;
+  const id = view.job.job_id;
+  try {
+    const json = await text("GET", jobPath(id));
+    if (view.job && view.job.job_id === id) showJob(json);
+  } catch (problem) {
+    if (![404, 410].includes(problem.status)) throw problem;
+    $("detail").close();
+    say("Job " + id + " is no longer there.");
+  }
+}
+async function saveResult(event) {  // a link cannot carry the token; saved, never opened: it is a stranger's
+  if (!secret()) return;
+  event.preventDefault();
+  try {
+    const answer = await fetch($("result").href, { headers: { Authorization: "Bearer " + secret() } });
+    if (!answer.ok) throw new Refused(answer.status, {});
+    const link = make("a");
+    const bytes = new Blob([await answer.arrayBuffer()], { type: "application/octet-stream" });
+    link.href = URL.createObjectURL(bytes);
+    link.download = view.job.job_id + ".result";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  } catch (problem) { failed(problem); }
+}
+function askClear() {
+  const jobs = live.stats ? number(live.stats.total) + " jobs" : "All jobs";
+  put($("asktext"), jobs + " go: the waiting, the running and the finished ones. "
+    + "Clients that wait are told so (410). Nothing brings them back.");
+  $("ask").returnValue = "";
+  $("ask").showModal();
+}
+
+// -- what the buttons do
+function queueAct(verb, button) {
+  const name = button.closest("tr").dataset.key;
+  return act("POST", `api/admin/${verb}?queue=${encodeURIComponent(name)}`, () => `Queue ${name}: ${verb}d.`);
+}
+async function jobAct(method, path, told) {
+  await act(method, path, () => told);
+  await loadJob(true).catch(failed);
+}
+const ACTIONS = {
+  again: () => { if (live.locked) askToken(); else refresh(); },
+  askToken,
+  forget,
+  shut: button => button.closest("dialog").close(),
+  pick: tile => pick(view.status === tile.dataset.key ? "" : tile.dataset.key, view.queue),
+  newer: () => turnTo(view.cursors.slice(0, -1)),
+  older: () => turnTo([...view.cursors, view.next]),
+  clear: askClear,
+  pauseAll: () => act("POST", "api/admin/pause", () => "Every queue is paused."),
+  resumeAll: () => act("POST", "api/admin/resume", () => "Every queue is resumed."),
+  pause: button => queueAct("pause", button),
+  resume: button => queueAct("resume", button),
+  cancelJob: () => jobAct("DELETE", jobPath(view.job.job_id), "Job cancelled."),
+  requeueJob: () => jobAct("POST", "api/admin/requeue/" + view.job.job_id, "Job requeued."),
+  requeueFailed: () => act("POST", "api/admin/requeue?status=failed" + (view.queue && "&queue=" + view.queue),
+    answer => number(answer.requeued) + " jobs requeued."),
+};
+document.addEventListener("click", event => {
+  const button = event.target.closest("button[data-do]");
+  if (button) ACTIONS[button.dataset.do](button);
+});
+document.addEventListener("visibilitychange", refresh);
+addEventListener("online", refresh);
+addEventListener("resize", () => draw());
+addEventListener("hashchange", () => location.hash ? openJob(location.hash.slice(1)) : $("detail").close());
+$("detail").addEventListener("close", forgetJob);
+$("result").addEventListener("click", saveResult);
+$("login").querySelector("form").addEventListener("submit", useToken);
+$("ask").addEventListener("close", () => {
+  if ($("ask").returnValue !== "yes") return;
+  act("DELETE", "api/admin/clear", answer => number(answer.cleared) + " jobs cleared.");
+});
+$("find").addEventListener("submit", event => {
+  event.preventDefault();
+  const id = $("search").value.trim();
+  if (/^[0-9a-fA-F-]{36}$/.test(id)) location.hash = id; else showJobs();
+});
+$("search").addEventListener("input", showJobs);
+$("status").addEventListener("change", () => pick($("status").value, $("queue").value));
+$("queue").addEventListener("change", () => pick($("status").value, $("queue").value));
+for (const name of ["rateplot", "latencyplot"]) {
+  $(name).addEventListener("pointermove", point);
+  $(name).addEventListener("pointerleave", () => draw());
+}
+for (const state of ["", ...STATES]) {
+  Object.assign(make("option", "", state ? plain(state) : "Every state", $("status")), { value: state });
+}
+refresh();
+openJob(location.hash.slice(1));
+</script>
+</body>
+</html>
+"""
 
 
 # == HTTP server =======================================================================================================
@@ -3897,7 +4864,7 @@ class Server:
 
     def _listen(self, settings: Settings) -> None:
         self.service = JobService(self.engine, settings, self.clock)
-        api = HttpApi(self.service, lambda: "")
+        api = HttpApi(self.service, self._pages())
         try:
             self._http = HTTPServer((settings.host, settings.port or 0), api, self.service, settings, self.clock)
         except OSError as error:
@@ -3912,6 +4879,27 @@ class Server:
             except BaseException:
                 self._http.server_close()
                 raise
+
+    def _pages(self) -> dict[str, Callable[[], Response]]:
+        """What is not about jobs: name of the handler -> page."""
+        document = json_text(openapi(ROUTES)).encode()
+        page = Response(200, DASHBOARD.encode(), "text/html; charset=utf-8", _page_headers(DASHBOARD))
+        return {
+            "openapi": lambda: Response(200, document),
+            "dashboard": lambda: page,
+            "metrics": lambda: Response(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8"),
+        }
+
+    def _metrics(self) -> str:
+        figures = queue_figures(self.service.stats(), self.engine.figures())
+        figures["jobqueue_connections"] = [({}, len(self._http.connections))]
+        figures["jobqueue_http_request_duration_seconds"] = [
+            ({"method": method, "route": path, "status": status}, histogram)
+            for (method, path, status), histogram in list(self._http.requests.items())]
+        if self._grpc:
+            figures["jobqueue_grpc_request_duration_seconds"] = [
+                ({"method": method, "code": code}, histogram) for (method, code), histogram in list(self._grpc.requests.items())]
+        return metrics_text(figures)
 
     @property
     def _host(self) -> str:
@@ -3978,10 +4966,20 @@ class Server:
             self.stopped.set()
             log.info("stopped data=%s", self.settings.data_dir)
 
+    def when_failed(self, call: Callable[[], None]) -> None:
+        """Call this, from some thread, when the disk has failed."""
+        self._on_failure.append(call)
+
     def _disk_failed(self) -> None:
         self.failed.set()
         for call in self._on_failure:
             call()
+
+    def responds(self, seconds: float | None) -> bool:
+        """Do the serving thread and the engine answer within that time?"""
+        answered = threading.Event()
+        self._http.post(lambda: (self.engine.peek(()), answered.set()))
+        return answered.wait(seconds)
 
     def __enter__(self) -> Server:
         return self.start()
@@ -4043,41 +5041,330 @@ def _result_future(answer: Future) -> concurrent_futures.Future:
     return future
 
 
+# == Client ============================================================================================================
+# What the command line speaks to a server with: http.client and nothing else.
+
+
+class Unreachable(Exception):
+    """The server cannot be reached, or hung up."""
+
+
+class Client:
+    """One keep-alive connection to a server. Not for several threads."""
+
+    def __init__(self, url: str, token: str | None = None, ca: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
+        self._parts, self._path = parts, parts.path.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._context = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
+        self._connection: http.client.HTTPConnection | None = None
+
+    def call(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, *,
+             timeout: float | None = 60, **query: Any) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Status, headers and body of the answer. A query value of None is left out. Raises Unreachable."""
+        given = {name: value for name, value in query.items() if value is not None}
+        target = self._path + path + ("?" + urllib.parse.urlencode(given) if given else "")
+        try:
+            connection = self._connect(timeout)
+            connection.request(method, target, body or None, {**self._headers, **(headers or {})})
+            answer = connection.getresponse()
+            data = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise Unreachable(f"{self._parts.scheme}://{self._parts.netloc}: {error or type(error).__name__}") from None
+        if answer.will_close:
+            self.close()
+        return answer.status, answer.headers, data
+
+    def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
+        if self._connection is None:
+            parts = self._parts
+            if self._context:
+                self._connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=self._context)
+            else:
+                self._connection = http.client.HTTPConnection(parts.hostname, parts.port)
+        self._connection.timeout = timeout
+        if self._connection.sock is None:
+            self._connection.connect()
+        self._connection.sock.settimeout(timeout)
+        return self._connection
+
+    def hang_up(self) -> None:
+        """From another thread: say that nothing more will be asked; an answer on its way is still read."""
+        sock = self._connection and self._connection.sock
+        if sock:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+
+def problem_of(status: int, body: bytes) -> str:
+    """The detail of an error answer, for a person."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(body)["detail"]
+    return f"HTTP {status}: {body[:200].decode(errors='replace')}"
+
+
+# == Worker ============================================================================================================
+# `jobqueue.py work`: any command, or a local HTTP service, is a worker.
+
+EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: the command asks to be tried again
+
+
+class Worker:
+    """Polls, runs, hands in; in one thread. Goes on by itself when the server was away."""
+
+    WAIT = 20  # seconds of a long poll
+
+    def __init__(self, client: Client, heart: Client, run: Callable[[PolledJob], Verdict], options: dict[str, Any]) -> None:
+        self._client, self._heart, self._run, self._options = client, heart, run, options
+        self._stopping = threading.Event()
+        self._polling = False
+
+    def work(self) -> None:
+        pause = 0.1
+        while not self._stopping.is_set():
+            try:
+                job = self._poll()
+                pause = 0.1
+            except Unreachable as error:
+                if not self._stopping.is_set():
+                    log.warning("server_away reason=%s: trying again in %.1f s", error, pause)
+                self._stopping.wait(pause)
+                pause = min(5.0, pause * 2)
+                continue
+            if job:
+                self._serve(job)
+        self._client.close()
+        self._heart.close()
+
+    def stop(self) -> None:
+        """Take no more jobs; the one that runs is finished."""
+        self._stopping.set()
+        if self._polling:
+            self._client.hang_up()
+
+    def _poll(self) -> PolledJob | None:
+        self._polling = True
+        try:
+            status, _, body = self._client.call("GET", "/api/worker/poll", timeout=self.WAIT + 30, wait=self.WAIT, **self._options)
+        finally:
+            self._polling = False
+        if status == 200:
+            return PolledJob(body)
+        if status != 204:
+            problem = problem_of(status, body)
+            if status < 500:
+                raise SystemExit(f"jobqueue: the server refuses this worker: {problem}")
+            raise Unreachable(problem)
+        return None
+
+    def _serve(self, job: PolledJob) -> None:
+        beat = _Heartbeat(self._heart, job)
+        beat.start()
+        try:
+            verdict = self._run(job)
+        except Exception as error:
+            log.exception("worker_failed job=%s", job.id)
+            verdict = Verdict("fail", f"{type(error).__name__}: {error}".encode(), {}, {"retry": "true"})
+        finally:
+            beat.stop()
+        if job.lost.is_set():
+            log.warning("job_given_up job=%s reason=%s", job.id, job.why_lost)
+            return
+        self._hand_in(job, verdict)
+
+    def _hand_in(self, job: PolledJob, verdict: Verdict) -> None:
+        """Until the server has taken it or refused it: a completion is idempotent, so it is sent again and again."""
+        pause = 0.1
+        while True:
+            try:
+                status, _, body = self._client.call("POST", f"/api/worker/{verdict.verb}/{job.id}", verdict.body, verdict.headers,
+                                                    lease_token=job.token, **verdict.query)
+                if status < 500:
+                    break
+                reason: Any = problem_of(status, body)
+            except Unreachable as error:
+                reason = error
+            log.warning("not_handed_in job=%s reason=%s: trying again in %.1f s", job.id, reason, pause)
+            time.sleep(pause)
+            pause = min(5.0, pause * 2)
+        if status == 200:
+            log.info("job_%s job=%s", {"complete": "completed", "fail": "failed"}[verdict.verb], job.id)
+        elif status == 413 and verdict.verb == "complete":
+            self._hand_in(job, Verdict("fail", problem_of(status, body).encode(), {}, {"retry": "false"}))
+        else:
+            log.warning("not_accepted job=%s reason=%s", job.id, problem_of(status, body))
+
+
+class Verdict(NamedTuple):
+    """What came of a job: complete or fail, with the result or the error."""
+
+    verb: str
+    body: bytes
+    headers: dict[str, str]
+    query: dict[str, str]
+
+
+class PolledJob:
+    """A job as the poll's answer tells it. `payload` is the bytes that were submitted."""
+
+    def __init__(self, body: bytes) -> None:
+        members = _members(body.decode(), 0)[0]
+        fields = {name: json.loads(text) for name, text in members.items() if name != "payload"}
+        self.id, self.queue, self.attempt = fields["job_id"], fields["queue"], fields["attempt"]
+        self.token, self.lease, self.headers = fields["lease_token"], fields["lease_seconds"], fields["headers"]
+        self.payload = self._payload(members["payload"], fields.get("payload_encoding"))
+        self.lost, self.why_lost = threading.Event(), ""
+        self.on_lost: Callable[[], None] = lambda: None
+
+    def _payload(self, text: str, encoding: str | None) -> bytes:
+        """A string stands for its text, unless the submitter said that it sent JSON."""
+        if encoding == "base64":
+            return base64.b64decode(json.loads(text))
+        as_sent = self.headers.get("Content-Type", "").startswith("application/json")
+        return text.encode() if as_sent or text[:1] != '"' else json.loads(text).encode(errors="replace")
+
+    def lose(self, why: str) -> None:
+        self.why_lost = why
+        self.lost.set()
+        self.on_lost()
+
+
+class _Heartbeat(threading.Thread):
+    """Extends the lease at a third of it; a job that was cancelled or lost is stopped."""
+
+    def __init__(self, client: Client, job: PolledJob) -> None:
+        super().__init__(daemon=True)
+        self._client, self._job, self._over = client, job, threading.Event()
+
+    def run(self) -> None:
+        job = self._job
+        # A cancelled job is noticed within 10 s, however long the lease.
+        while not self._over.wait(min(job.lease / 3, 10.0)):
+            try:
+                status, _, body = self._client.call("POST", f"/api/worker/extend/{job.id}", lease_token=job.token, timeout=10)
+            except Unreachable:
+                continue  # the server is away; the lease may outlive that
+            if status == 200 and json.loads(body)["cancelled"]:
+                job.lose("cancelled")
+                return
+            if status in (404, 409):
+                job.lose(problem_of(status, body))
+                return
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def run_command(command: list[str], job: PolledJob) -> Verdict:
+    """Payload on stdin, result from stdout. Exit 0 completes, 75 asks for a retry, anything else fails for good."""
+    names = {"JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper()): value.replace("\0", "") for name, value in job.headers.items()}
+    environment = {**os.environ, **names, "JOB_ID": job.id, "JOB_QUEUE": job.queue, "JOB_ATTEMPT": str(job.attempt)}
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=environment, start_new_session=True)
+    except OSError as error:
+        return Verdict("fail", f"cannot run {command[0]}: {error.strerror}".encode(), {}, {"retry": "true"})
+    job.on_lost = functools.partial(_kill, process)
+    if job.lost.is_set():
+        _kill(process)
+    output, errors = process.communicate(job.payload)
+    if process.returncode == 0:
+        return Verdict("complete", output, {}, {})
+    text = errors[-4096:].strip() or f"{command[0]} ended with {process.returncode}".encode()
+    return Verdict("fail", text, {}, {"retry": "true" if process.returncode == EXIT_RETRY else "false"})
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The command and what it has started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+
+
+def forward(url: str, job: PolledJob) -> Verdict:
+    """POST the payload to a local service. 2xx completes; 429, 502, 503, 504 and no answer ask for a retry; else it fails."""
+    service = Client(url)
+    job.on_lost = service.close
+    headers = {name: value for name, value in job.headers.items() if name.lower() not in ("host", "content-length")}
+    headers |= {"Job-Id": job.id, "Job-Queue": job.queue, "Job-Attempt": str(job.attempt)}
+    parts = urllib.parse.urlsplit(url)
+    slash = "/" if parts.path.endswith("/") else ""
+    try:
+        status, answer, body = service.call("POST", slash + (f"?{parts.query}" if parts.query else ""), job.payload, headers, timeout=None)
+    except Unreachable as error:
+        return Verdict("fail", str(error).encode(), {}, {"retry": "true"})
+    finally:
+        service.close()
+    if 200 <= status < 300:
+        kind = answer.get("Content-Type")
+        return Verdict("complete", body, {"Content-Type": kind} if kind else {}, {})
+    query = {"retry": "true" if status in (429, 502, 503, 504) else "false"}
+    if query["retry"] == "true" and answer.get("Retry-After", "").isdigit():
+        query["delay"] = str(min(int(answer["Retry-After"]), 30 * DAY))
+    return Verdict("fail", f"{url} answered {status}: ".encode() + body[:4096], {}, query)
+
+
 # == Command line ======================================================================================================
+# A row of COMMANDS for each command. Exit codes: EXIT_*; what a script wants to tell apart has its own.
+
+EXIT_OK, EXIT_NO, EXIT_USAGE, EXIT_DATA = 0, 1, 2, 3
+EXIT_UNREACHABLE, EXIT_DISK, EXIT_NOT_YET = 69, 74, 75  # EX_UNAVAILABLE, EX_IOERR, EX_TEMPFAIL of sysexits.h
+
+
+class Refused(Exception):
+    """The server said no: the exit code and why."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the server until SIGTERM or SIGINT; a second one stops it at once."""
     given = {setting.name: getattr(arguments, setting.name) for setting in SETTINGS if hasattr(arguments, setting.name)}
     server = Server(**given)
-    set_up_logging(server.settings)
+    set_up_logging(server.settings.log_format, server.settings.log_level)
     _raise_file_limit(server.settings.max_connections)
-    asked = threading.Event()
-    hurry = threading.Event()
+    asked, hurry = threading.Event(), threading.Event()
 
     def stop(*_: Any) -> None:
         (hurry if asked.is_set() else asked).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    server._on_failure.append(asked.set)
+    server.when_failed(asked.set)
     server.start()
     gc.collect()
     gc.freeze()  # what was read from the journal is not garbage: no collection needs to look at it again
-    while not asked.wait(3600):
-        pass
-    if server.failed.is_set():
-        server.stop(drain=0)
-        return EXIT_DISK
-    log.info("stopping: waiting up to %g s for jobs in progress", server.settings.drain)
+    _tell_systemd("READY=1")
+    patience = float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
+    while not asked.wait(patience):
+        if server.responds(patience):
+            _tell_systemd("WATCHDOG=1")
+    _tell_systemd("STOPPING=1")
+    if not server.failed.is_set():
+        log.info("stopping drain=%g", server.settings.drain)
     stopping = threading.Thread(target=server.stop, daemon=True)
     stopping.start()
     while stopping.is_alive() and not hurry.is_set():
-        stopping.join(0.1)
+        stopping.join(0.05)
     return EXIT_DISK if server.failed.is_set() else EXIT_OK
 
 
-EXIT_OK, EXIT_USAGE, EXIT_DATA, EXIT_DISK = 0, 2, 3, 74  # 74 is EX_IOERR of sysexits.h
+def _tell_systemd(state: str) -> None:
+    """The notification of sd_notify(3), where systemd asked for it."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
 def _raise_file_limit(connections: int) -> None:
@@ -4107,52 +5394,447 @@ class _TextFormatter(logging.Formatter):
 
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        event = {"time": iso_time(microseconds(record.created)), "level": record.levelname.lower(), "message": record.getMessage()}
+        moment = iso_time(microseconds(record.created))
+        event = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage()}
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
         return json.dumps(event)
 
 
-def set_up_logging(settings: Settings) -> None:
+def set_up_logging(kind: str, level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else _TextFormatter())
+    handler.setFormatter(_JsonFormatter() if kind == "json" else _TextFormatter())
     log.addHandler(handler)
-    log.setLevel(settings.log_level.upper())
+    log.setLevel(level.upper())
     log.propagate = False
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+# -- a worker
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Run a command, or a local HTTP service, as a worker."""
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if bool(command) == bool(arguments.forward):
+        raise ValueError("give either -- COMMAND..., or --forward URL")
+    if arguments.forward:
+        Client(arguments.forward)  # a bad URL is told now
+    set_up_logging("text", "info")
+    run = functools.partial(forward, arguments.forward) if arguments.forward else functools.partial(run_command, command)
+    name = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
+    options = {"queue": arguments.queue, "lease": arguments.lease, "worker": name}
+    workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
+    threads = [_Working(worker) for worker in workers]
+
+    def stop(*_: Any) -> None:
+        for worker in workers:
+            worker.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    log.info("working url=%s queue=%s concurrency=%d", arguments.url, arguments.queue or "default", len(workers))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)
+            if thread.refused:
+                stop()
+    refusals = [thread.refused for thread in threads if thread.refused]
+    if refusals:
+        raise Refused(EXIT_NO, refusals[0])
+    return EXIT_OK
+
+
+class _Working(threading.Thread):
+    """A worker's thread; `refused` says why the server will have nothing to do with it."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(daemon=True)
+        self._worker, self.refused = worker, ""
+
+    def run(self) -> None:
+        try:
+            self._worker.work()
+        except SystemExit as error:
+            self.refused = str(error).removeprefix("jobqueue: ")
+
+
+# -- a client
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    return Client(arguments.url, arguments.token, arguments.ca)
+
+
+def _ask(arguments: argparse.Namespace, method: str, path: str, **query: Any) -> Any:
+    """The JSON of a successful answer."""
+    status, _, body = _client(arguments).call(method, path, **query)
+    if status >= 400:
+        raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem_of(status, body))
+    return json.loads(body)
+
+
+def _show(arguments: argparse.Namespace, answer: Any, text: str) -> int:
+    print(json_text(answer) if arguments.json else text)
+    return EXIT_OK
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Submit a job and print its result, or submit many with --file."""
+    names = ("queue", "priority", "delay", "ttl", "lease", "attempts")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.file:
+        if arguments.payload is not None:
+            raise ValueError("give either PAYLOAD or --file, not both")
+        return _submit_file(arguments, options)
+    if arguments.payload is None:
+        raise ValueError("give a PAYLOAD, - for standard input, or --file FILE")
+    payload = sys.stdin.buffer.read() if arguments.payload == "-" else os.fsencode(arguments.payload)
+    headers = {"Content-Type": arguments.content_type} if arguments.content_type else {}
+    if arguments.key:
+        headers["Idempotency-Key"] = arguments.key
+    status, _, body = _client(arguments).call("POST", "/api/submit", payload, headers, timeout=None, wait=arguments.wait, **options)
+    if status >= 400:
+        raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem_of(status, body))
+    if arguments.json:
+        print(body.decode())
+    elif status == 202:
+        print(json.loads(body)["job_id"])
+    else:
+        _print_payload(body)
+    return EXIT_NOT_YET if status == 202 and arguments.wait != 0 else EXIT_OK
+
+
+def _print_payload(body: bytes) -> None:
+    """The result as the worker sent it: bytes as bytes, a string as its text."""
+    members = _members(body.decode(), 0)[0]
+    text = members["payload"]
+    if "payload_encoding" in members:
+        sys.stdout.buffer.write(base64.b64decode(json.loads(text)))
+    else:
+        value = json.loads(text) if text[:1] == '"' else text
+        sys.stdout.buffer.write(value.encode(errors="replace") + (b"" if value.endswith("\n") else b"\n"))
+    sys.stdout.buffer.flush()
+
+
+def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Each line is a payload. Sent in batches, each of them whole or not at all."""
+    client, done = _client(arguments), 0
+    source = sys.stdin.buffer if arguments.file == "-" else open(arguments.file, "rb")  # noqa: SIM115
+    size = 0 if arguments.file == "-" else os.path.getsize(arguments.file)
+    read = 0
+    with source:
+        for lines in _batches(source, 5000, 8 * MIB):
+            status, _, body = client.call("POST", "/api/jobs", b"".join(lines), {"Content-Type": "application/x-ndjson"},
+                                          timeout=None, **options)
+            if status != 202:
+                raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO,
+                              f"{problem_of(status, body)} ({done} jobs were submitted before that)")
+            ids = json.loads(body)["job_ids"]
+            done, read = done + len(ids), read + sum(map(len, lines))
+            print("\n".join(ids))
+            if sys.stderr.isatty():
+                share = f" ({100 * read // size} %)" if size else ""
+                print(f"\r{done} jobs submitted{share}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return EXIT_OK
+
+
+def _batches(source: Iterable[bytes], count: int, size: int) -> Iterator[list[bytes]]:
+    lines: list[bytes] = []
+    held = 0
+    for line in source:
+        if not line.strip():
+            continue
+        if lines and (len(lines) == count or held + len(line) > size):
+            yield lines
+            lines, held = [], 0
+        lines.append(line if line.endswith(b"\n") else line + b"\n")
+        held += len(line)
+    if lines:
+        yield lines
+
+
+def list_jobs(arguments: argparse.Namespace) -> int:
+    """List jobs, newest first, or show one."""
+    if arguments.job_id:
+        return _show(arguments, job := _ask(arguments, "GET", f"/api/jobs/{_quoted(arguments.job_id)}"), _as_lines(job))
+    found: list[dict[str, Any]] = []
+    after = None
+    while len(found) < arguments.limit:
+        page = _ask(arguments, "GET", "/api/jobs", queue=arguments.queue, status=arguments.status,
+                    limit=min(1000, arguments.limit - len(found)), after=after)
+        found += page["jobs"]
+        after = page["next"]
+        if after is None:
+            break
+    rows = [f"{job['job_id']}  {job['status']:10}  {job['queue']:16}  {job['attempt']}/{job['attempts']}  {job['created_at']}"
+            for job in found]
+    if arguments.json:
+        print("\n".join(map(json_text, found)))
+    elif rows:
+        print("\n".join(rows))
+    return EXIT_OK
+
+
+def _quoted(job_id: str) -> str:
+    return urllib.parse.quote(job_id, safe="")
+
+
+def _as_lines(answer: dict[str, Any]) -> str:
+    width = max(map(len, answer), default=0)
+    return "\n".join(f"{name:{width}}  {value if isinstance(value, str) else json_text(value)}" for name, value in answer.items())
+
+
+def show_stats(arguments: argparse.Namespace) -> int:
+    """Show counts by state and queue."""
+    answer = _ask(arguments, "GET", "/api/admin/stats")
+    states = ("pending", "running", "delayed", "completed", "failed", "expired", "cancelled")
+    rows = [("queue", *states), ("(all)", *(answer[state] for state in states))]
+    rows += [(name, *(queue[state] for state in states)) for name, queue in sorted(answer["queues"].items())]
+    table = "\n".join("  ".join(f"{cell:>10}" if column else f"{cell:16}" for column, cell in enumerate(row)) for row in rows)
+    waiting = f"waiting: {answer['waiting_clients']} clients, {answer['waiting_workers']} workers"
+    return _show(arguments, answer, f"{table}\n{waiting}")
+
+
+def requeue(arguments: argparse.Namespace) -> int:
+    """Put a job, or all failed ones, back in line."""
+    if bool(arguments.job_id) == bool(arguments.status):
+        raise ValueError("give either JOB_ID or --status failed|expired|cancelled")
+    if arguments.job_id:
+        answer = _ask(arguments, "POST", f"/api/admin/requeue/{_quoted(arguments.job_id)}")
+        return _show(arguments, answer, answer["message"])
+    answer = _ask(arguments, "POST", "/api/admin/requeue", status=arguments.status, queue=arguments.queue)
+    return _show(arguments, answer, f"{answer['requeued']} jobs requeued")
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Cancel a job."""
+    answer = _ask(arguments, "DELETE", f"/api/jobs/{_quoted(arguments.job_id)}")
+    return _show(arguments, answer, answer["message"])
+
+
+def pause(arguments: argparse.Namespace) -> int:
+    """Hand out no more jobs of a queue, or of all."""
+    answer = _ask(arguments, "POST", "/api/admin/pause", queue=arguments.queue)
+    return _show(arguments, answer, f"paused: {answer['paused'] or 'none'}")
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Hand out again."""
+    answer = _ask(arguments, "POST", "/api/admin/resume", queue=arguments.queue)
+    return _show(arguments, answer, f"paused: {answer['paused'] or 'none'}")
+
+
+# -- files
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Verify the journal of a data folder, and say what it holds; it is only read."""
+    path = arguments.data_dir
+    path = os.path.join(path, "journal.jsonl") if os.path.isdir(path) else path
+    reader, ops = JournalReader(path), collections.Counter()
+    states: dict[str, str] = {}
+    try:
+        for record in reader:
+            ops[record["op"]] += 1
+            _follow(states, record)
+            if arguments.dump:
+                print(json_text(record))
+    except FileNotFoundError:
+        raise DataError(f"there is no {path}") from None
+    if arguments.dump:
+        return EXIT_OK
+    counts = collections.Counter(states.values())
+    answer = {"file": path, "format": reader.version, "bytes": reader.end, "records": sum(ops.values()), "clean_stop": reader.clean,
+              "torn_bytes": reader.torn, "jobs": {state: counts[state] for state in STATES}}
+    text = f"{path}: good, format {reader.version}, {answer['records']} records, {reader.end} bytes, "
+    text += "closed cleanly" if reader.clean else "not closed"
+    text += f"; a torn tail of {reader.torn} bytes, which nobody was told of, will be cut off" if reader.torn else ""
+    text += "\n" + ", ".join(f"{counts[state]} {state}" for state in STATES)
+    return _show(arguments, answer, text)
+
+
+def _follow(states: dict[str, str], record: dict[str, Any]) -> None:
+    """The state of each job after a record."""
+    op = record["op"]
+    if op in ("submit", "job"):
+        states[record["id"]] = record.get("state", "pending")
+    elif op == "clear":
+        states.clear()
+    elif "id" in record:
+        states[record["id"]] = TRANSITIONS[states[record["id"]], op]
+
+
+def token(arguments: argparse.Namespace) -> int:
+    """Print a line for the file of --tokens: SCOPE TOKEN NAME."""
+    wrong = set(arguments.scope.split(",")) - set(SCOPES)
+    if wrong:
+        raise ValueError(f"--scope must be of {', '.join(SCOPES)}, comma-separated, got {arguments.scope!r}")
+    print(" ".join(filter(None, (arguments.scope, secrets.token_urlsafe(32), arguments.name))))
+    return EXIT_OK
+
+
+# -- flags
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each row of SETTINGS; the environment is the default."""
     for setting in SETTINGS:
         given = next((os.environ[name] for name in setting.variables if name in os.environ), None)
-        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS if given is None else given}
         if setting.parse is _switch:
             options.update(nargs="?", const="true", metavar="BOOL")
         else:
             options.update(metavar=setting.name.rpartition("_")[2].upper())
-        if given is not None:
-            options["default"] = given
         shown = "" if setting.default in (None, (), False) else f" (default {setting.default})"
         parser.add_argument(setting.flag, help=setting.help.replace("%", "%%") + shown, **options)
+
+
+def _client_flags(parser: argparse.ArgumentParser) -> None:
+    environment = os.environ.get
+    parser.add_argument("--url", default=environment("JOBQUEUE_URL", "http://127.0.0.1:3000"), help="the server (JOBQUEUE_URL; default %(default)s)")
+    parser.add_argument("--token", default=environment("JOBQUEUE_TOKEN"), help="access token (better: JOBQUEUE_TOKEN)")
+    parser.add_argument("--ca", default=environment("JOBQUEUE_CA"), metavar="FILE", help="CA file to check an https server by (JOBQUEUE_CA)")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def _work_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
+    parser.add_argument("--queue", help="queues, comma-separated, in order (default: default)")
+    parser.add_argument("--concurrency", type=_flag(_number(int, 1, 1000)), default=1, metavar="N", help="jobs at the same time (default 1)")
+    parser.add_argument("--lease", type=_flag(_LEASE), metavar="S", help="seconds of a lease; it is extended while the job runs")
+    parser.add_argument("--worker", metavar="NAME", help="the worker's name (default: host and process)")
+    parser.add_argument("--forward", metavar="URL", help="POST each payload to this service instead of running a command")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="payload on stdin, result from stdout")
+
+
+def _submit_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
+    parser.add_argument("payload", nargs="?", metavar="PAYLOAD", help="the payload; - reads standard input")
+    parser.add_argument("--file", metavar="FILE", help="submit each line of this file (- for standard input) and print the ids")
+    for name, (parse, text) in SUBMIT_PARAMETERS.items():
+        if name != "on_disconnect":
+            parser.add_argument("--" + name, type=_flag(parse), metavar=name.upper(), help=text)
+    parser.add_argument("--key", help="Idempotency-Key: the same key attaches to the same job")
+    parser.add_argument("--content-type", metavar="TYPE", help="Content-Type of the payload")
+
+
+def _jobs_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
+    parser.add_argument("job_id", nargs="?", metavar="JOB_ID", help="show this job")
+    parser.add_argument("--queue", help="of this queue only")
+    parser.add_argument("--status", choices=STATES, help="in this state only")
+    parser.add_argument("--limit", type=_flag(_number(int, 1, 10**9)), default=100, metavar="N", help="at most so many (default 100)")
+
+
+def _requeue_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
+    parser.add_argument("job_id", nargs="?", metavar="JOB_ID")
+    parser.add_argument("--status", choices=("failed", "expired", "cancelled"), help="all that ended so")
+    parser.add_argument("--queue", help="with --status: of this queue only")
+
+
+def _cancel_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
+    parser.add_argument("job_id", metavar="JOB_ID")
+
+
+def _queue_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
+    parser.add_argument("--queue", help="this queue (default: all)")
+
+
+def _check_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data_dir", metavar="DATA_DIR", help="the folder, or the journal itself")
+    parser.add_argument("--dump", action="store_true", help="print each record as a line of JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def _token_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scope", required=True, help="client, worker, admin; comma-separated")
+    parser.add_argument("--name", default="", help="whose it is, for people")
+
+
+def _flag(parse: Callable[[str, Any], Any]) -> Callable[[str], Any]:
+    """A parser of ours as an argparse type."""
+
+    def convert(given: str) -> Any:
+        try:
+            return parse("it", given)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace], int]
+    flags: Callable[[argparse.ArgumentParser], None]
+    example: str
+
+
+COMMANDS = {
+    "serve": Command(serve, _serve_flags, "serve --data-dir /var/lib/jobqueue --fsync always"),
+    "work": Command(work, _work_flags, "work --queue thumbnails --concurrency 4 -- convert - -resize 200x200 png:-"),
+    "submit": Command(submit, _submit_flags, "submit '{\"x\": 1}' --queue sums --wait 30"),
+    "jobs": Command(list_jobs, _jobs_flags, "jobs --status failed"),
+    "stats": Command(show_stats, _queue_flags, "stats --json"),
+    "requeue": Command(requeue, _requeue_flags, "requeue --status failed --queue sums"),
+    "cancel": Command(cancel, _cancel_flags, "cancel 550e8400-e29b-41d4-a716-446655440000"),
+    "pause": Command(pause, _queue_flags, "pause --queue sums"),
+    "resume": Command(resume, _queue_flags, "resume"),
+    "check": Command(check, _check_flags, "check data"),
+    "token": Command(token, _token_flags, "token --scope worker --name gpu-host-1 >> tokens"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong and where more stands."""
+
+    def error(self, message: str) -> None:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
+    if argv[:1] in (["-h"], ["--help"]):
+        rows = "\n".join(f"  {name:8} {command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
+        print(f"{__doc__}\nCommands (each has --help; without one: serve):\n{rows}")
+        raise SystemExit(EXIT_OK)
+    if argv[:1] == ["--version"]:
+        print(f"jobqueue {__version__}")
+        raise SystemExit(EXIT_OK)
+    if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
+        raise ValueError(f"unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+    name = argv[0] if argv and argv[0] in COMMANDS else "serve"
+    command = COMMANDS[name]
+    parser = _Parser(f"jobqueue.py {name}", description=command.run.__doc__, epilog=f"example: jobqueue.py {command.example}")
+    command.flags(parser)
+    return command, parser.parse_args(argv[1:] if argv and argv[0] == name else argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     sys.modules.setdefault("jobqueue", sys.modules[__name__])  # whoever imports jobqueue gets this very module
-    parser = argparse.ArgumentParser(prog="jobqueue.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser)
-    arguments = parser.parse_args(argv)
+    codes = {ValueError: EXIT_USAGE, DataError: EXIT_DATA, Unreachable: EXIT_UNREACHABLE, OSError: EXIT_USAGE}
     try:
-        return serve(arguments)
-    except ValueError as error:
-        print(f"jobqueue: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except DataError as error:
-        print(f"jobqueue: {error}", file=sys.stderr)
-        return EXIT_DATA
-    except OSError as error:
-        print(f"jobqueue: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        command, arguments = _parse(sys.argv[1:] if argv is None else argv)
+        return command.run(arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return 130
+    except Refused as error:
+        code, reason = error.code, error
+    except (ValueError, DataError, Unreachable, OSError) as error:
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+        reason = error.strerror if isinstance(error, OSError) and error.filename is None and error.strerror else error
+    print(f"jobqueue: {reason}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

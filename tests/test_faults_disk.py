@@ -1,0 +1,404 @@
+"""Disks that are full, and disks that fail: nothing acknowledged is lost, nothing refused ever runs."""
+
+import contextlib
+import random
+import re
+import resource
+import threading
+
+import pytest
+
+from checker import Cut, History, Load, Wire, check, clear, new_payload
+from rigs import COMPACT, LONG, QuickStarts, grow, needs, needs_root, our_files, traced
+from support import DidNotStart, wait_until
+
+CYCLES = 100 if LONG else 10
+RESERVE = 1 << 20
+STOPPED_BY_THE_DISK = 74
+
+pytestmark = pytest.mark.timeout(4 * 3600 if LONG else 120)
+
+
+class Client:
+    """Calls by the test itself, recorded like those of the load."""
+
+    def __init__(self, load, server):
+        self.load, self.rng = load, random.Random(f"{load.seed}-client")
+        self.wire = Wire(server.port)
+
+    def submit(self, query="&wait=0"):
+        """Submit something new; return the call."""
+        return self.load.submit(self.wire, query, new_payload(self.rng, self.load.seed))
+
+    def hold(self, query="&queue=held"):
+        """Submit in a thread and wait there for the result; return (thread, the list that gets the call)."""
+        calls, client = [], Client(self.load, self.wire)
+
+        def wait():
+            with contextlib.suppress(Cut):
+                calls.append(client.submit(query))
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        return thread, calls
+
+    def poll(self, query):
+        """Return the jobs of one poll, leased for a minute."""
+        return self.load.poll(self.wire, f"max=32&{query}", lease=60)
+
+    def complete(self, job):
+        """Hand in a result; return the call."""
+        return self.load.complete(self.wire, job)
+
+    def refused(self):
+        """True once a submit is refused for want of space. It does not fit the rest of a file's last page."""
+        payload = new_payload(self.rng, self.load.seed, pad=8192)
+        call = self.load.submit(self.wire, "&wait=0", payload)
+        assert call.status in (202, 507), call
+        assert call.status == 202 or call.answer["code"] == "disk_full", call
+        return call.status == 507
+
+    def accepted(self):
+        """True once submits are accepted again."""
+        return not self.refused()
+
+
+# == Full ====================================================================================================
+
+
+@contextlib.contextmanager
+def full(folder):
+    """Another program fills the disk; at the end it cleans up."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size) == size:
+                    pass
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextlib.contextmanager
+def small_disk(tmp_path, size):
+    """Give (starts, where the servers see the disk, where this process sees it)."""
+    mount_point = tmp_path / "mount"
+    mount_point.mkdir()
+    with QuickStarts(tmp_path, private_mounts=True) as starts:
+        starts.run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount_point)
+        yield starts, mount_point / "data", starts.path(mount_point)
+
+
+def has_reserve(folder):
+    """True once the space for completions is set aside (again)."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / "data" / "reserve").stat().st_blocks * 512 >= RESERVE
+    return False
+
+
+@needs("mount", "nsenter")
+@needs_root()
+def test_a_full_disk_refuses_submits_takes_completions_and_is_used_again_by_itself(tmp_path, seed):
+    with small_disk(tmp_path, "8m") as (starts, data, folder):
+        flags = ("--reserve", str(RESERVE), "--compact-bytes", "100000")
+        server = starts.start(*flags, data_dir=data)
+        load, refusals = Load(History(), seed, clients=2, workers=2), 0
+        for _ in range(CYCLES):
+            wait_until(lambda: has_reserve(folder), what="the reserve to be there")
+            load.start(server.port)
+            one_cycle(Client(load, server), folder)
+            load.stop()
+            load.drain(server.port)
+            refusals += sum(call.status == 507 for call in load.history.of("submit"))
+            check(load.history, server.port)
+            load.history.calls = [clear(load.history, server.port)]
+        print(f"{CYCLES} times full, {refusals} submits refused")
+        server.kill()
+        server = starts.start(*flags, data_dir=data)
+        check(load.history, server.port)
+
+
+def one_cycle(client, folder):
+    """Fill the disk while a client waits and a worker works, then free it."""
+    held, answer = client.hold()
+    ids = {client.submit("&wait=0&queue=held").answer["job_id"] for _ in range(20)}
+    jobs = client.poll("queue=held&wait=5&max=2")
+    assert jobs
+    with full(folder):
+        wait_until(client.refused, what="a submit to be refused")
+        assert all(client.refused() for _ in range(3)), "space came back from nowhere"
+        while more := client.poll("queue=held"):
+            jobs += more
+        assert ids <= {job["job_id"] for job in jobs}, "polls go on where the disk is full"
+        for job in jobs:
+            assert client.complete(job).status == 200, "completions go on where the disk is full"
+        held.join(10)
+        assert answer[0].status == 200, "a held client gets its result where the disk is full"
+        assert client.refused()
+    wait_until(client.accepted, what="service to resume by itself")
+
+
+@needs("mount", "nsenter")
+@needs_root()
+def test_a_restart_on_a_full_disk_loses_nothing(tmp_path, seed):
+    with small_disk(tmp_path, "8m") as (starts, data, folder):
+        flags = ("--reserve", str(RESERVE))
+        server = starts.start(*flags, data_dir=data)
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for _ in range(100):
+            client.submit()
+        with full(folder):
+            wait_until(client.refused, what="a submit to be refused")
+            server.kill()
+            try:
+                server = starts.start(*flags, data_dir=data)
+                check(load.history, server.port, drained=False)
+                server.kill()
+            except DidNotStart as error:
+                assert error.code not in (0, -9), error
+                assert "space" in error.log.lower(), f"the log says what is wrong: {error}"
+        server = starts.start(*flags, data_dir=data)
+        client = Client(load, server)
+        wait_until(client.accepted, what="service to resume by itself")
+        load.drain(server.port)
+        check(load.history, server.port)
+
+
+# == Short and failed writes =================================================================================
+
+# Where no write at all can succeed, a reserve does not help.
+MAY_BE_REFUSED = {("complete", 507), ("poll", 507)}
+
+
+def limit_file_size(server, size):
+    """From now on no file of the server may grow beyond `size` (None: no limit). Gives real short writes."""
+    limit = resource.RLIM_INFINITY if size is None else size
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def goes_on_and_lost_nothing(starts, server, load):
+    """With the fault gone, service resumes by itself; and all is there, also after a restart."""
+    wait_until(Client(load, server).accepted, what="service to resume by itself")
+    load.drain(server.port)
+    check(load.history, server.port, may=MAY_BE_REFUSED)
+    server.kill()
+    server = starts.start()
+    assert not list((starts.tmp_path / "data").glob("*.torn-*")), "what was refused was not cut off at once"
+    check(load.history, server.port, may=MAY_BE_REFUSED)
+
+
+def refusals(load):
+    """How many submits were refused."""
+    return sum(call.status == 507 for call in load.history.of("submit"))
+
+
+@pytest.mark.parametrize("room", [0, 1, 150, 4096])
+def test_a_short_write_is_cut_back_and_not_acknowledged(tmp_path, seed, room):
+    journal = tmp_path / "data" / "journal.jsonl"
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed, clients=2, workers=2)
+        client = Client(load, server)
+        client.submit()
+        limit_file_size(server, journal.stat().st_size + room)
+        wait_until(client.refused, what="a submit to be refused")
+        assert journal.read_bytes().endswith(b"\n"), "the half that was written is cut off"
+        load.start(server.port)
+        wait_until(lambda: refusals(load) >= 20, what="submits to be refused")
+        limit_file_size(server, None)
+        seen = len(load.history.calls)
+        wait_until(lambda: len(load.history.calls) > seen + 100, what="the load to go on")
+        load.stop()
+        goes_on_and_lost_nothing(starts, server, load)
+
+
+@needs("strace")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "error=ENOSPC",
+        "error=EIO",
+        "error=EFBIG",
+        "error=EROFS",
+        "error=EDQUOT",
+        "retval=5",
+        "error=ENOSPC:when=2+3",
+        "retval=1:when=3+4",
+    ],
+)
+def test_a_failed_write_is_not_acknowledged_and_service_resumes(tmp_path, seed, fault):
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed, clients=2, workers=2)
+        journal = tmp_path / "data" / "journal.jsonl"
+        Client(load, server).submit()
+        with traced(server, f"write,writev,pwrite64:{fault}", paths=[journal]):
+            load.start(server.port)
+            wait_until(lambda: refusals(load) >= 5, what="submits to be refused")
+            load.stop()
+        goes_on_and_lost_nothing(starts, server, load)
+
+
+# == A disk that fails for good ==============================================================================
+
+
+def stopped_by_the_disk(server):
+    """The server must end, with its own exit code and one line that says why and what to do."""
+    assert server.wait() == STOPPED_BY_THE_DISK, server.log()
+    last_words = [line for line in server.log().splitlines() if re.search(r"\b(ERROR|CRITICAL)\b", line)]
+    assert len(last_words) == 1, server.log()
+    assert "Traceback" not in server.log(), server.log()
+    assert "start" in last_words[0].lower(), f"the line should say what to do: {last_words[0]}"
+
+
+def all_there(starts, load):
+    """The next start has every acknowledged job, and all of them can be finished."""
+    server = starts.start()
+    load.drain(server.port)
+    check(load.history, server.port, may=MAY_BE_REFUSED)
+
+
+def outcome_unknown(call):
+    """The answer to one who waited for the disk when it failed."""
+    assert call.status == 503, call
+    assert call.answer["code"] == "outcome_unknown", call
+    return call.answer["job_id"]
+
+
+@needs("strace")
+def test_a_failed_sync_stops_the_server_and_tells_those_who_wait(tmp_path, seed):
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed)
+        client = Client(load, server)
+        held, held_answer = client.hold("&queue=held")
+        (job,) = client.poll("queue=held&wait=5")
+        held_too, held_too_answer = client.hold("&queue=held2")
+        wait_until(lambda: client.poll("queue=held2"), what="the second client's job")
+        with traced(server, "fdatasync,fsync:error=EIO", paths=our_files(tmp_path / "data")):
+            outcome_unknown(client.submit())
+            server.wait()
+        held.join(10)
+        held_too.join(10)
+        assert outcome_unknown(held_answer[0]) == job["job_id"]
+        outcome_unknown(held_too_answer[0])
+        stopped_by_the_disk(server)
+        all_there(starts, load)
+
+
+@needs("strace")
+def test_a_completion_whose_sync_failed_is_not_acknowledged(tmp_path, seed):
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed)
+        client = Client(load, server)
+        client.submit()
+        (job,) = client.poll("wait=5")
+        with traced(server, "fdatasync,fsync:error=EIO", paths=our_files(tmp_path / "data")):
+            assert outcome_unknown(client.complete(job)) == job["job_id"]
+            stopped_by_the_disk(server)
+        all_there(starts, load)
+
+
+@needs("strace")
+@pytest.mark.parametrize("number", [1, 2, 5, 12])
+def test_a_failed_sync_under_load_loses_nothing_acknowledged(tmp_path, seed, number):
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed)
+        with traced(server, f"fdatasync,fsync:error=EIO:when={number}", paths=our_files(tmp_path / "data")):
+            load.start(server.port)
+            stopped_by_the_disk(server)
+        load.stop()
+        all_there(starts, load)
+
+
+@needs("strace")
+def test_a_failed_cut_after_a_short_write_stops_the_server(tmp_path, seed):
+    journal = tmp_path / "data" / "journal.jsonl"
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for _ in range(3):
+            client.submit()
+        limit_file_size(server, journal.stat().st_size + 50)
+        with traced(
+            server,
+            "ftruncate,truncate:error=EIO",
+            paths=our_files(tmp_path / "data"),
+            calls=("ftruncate", "truncate"),
+        ):
+            with contextlib.suppress(Cut):
+                assert client.submit().status in (503, 507)
+            stopped_by_the_disk(server)
+        all_there(starts, load)
+
+
+@needs("strace")
+@pytest.mark.parametrize(
+    "fault", ["fdatasync,fsync:error=EIO", "write:error=ENOSPC", "write:error=EIO", "?rename:error=EIO"]
+)
+def test_a_disk_that_fails_during_the_start_is_reported_and_loses_nothing(tmp_path, seed, fault):
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for _ in range(10):
+            client.submit()
+        server.kill()
+        server = starts.start(stopped=True)
+        with traced(server, fault, paths=our_files(tmp_path / "data")):
+            server.go()
+            wait_until(lambda: server.ended() or "ready" in server.log(), 30, "the server to start or to end")
+            if "sync" in fault:
+                assert server.wait() == STOPPED_BY_THE_DISK, "what could not be synced must not be served"
+            assert "Traceback" not in server.log(), server.log()
+        server.kill()
+        all_there(starts, load)
+
+
+@needs("strace")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "openat:error=ENOSPC",
+        "openat:error=EMFILE",
+        "write:error=ENOSPC",
+        "write:retval=5",
+        "write:error=EIO:when=2",
+        "fdatasync,fsync:error=EIO",
+        "?rename,renameat,renameat2:error=EIO",
+    ],
+)
+def test_a_compaction_that_fails_loses_nothing_and_is_tried_again(tmp_path, seed, fault):
+    data = tmp_path / "data"
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start(*COMPACT)
+        load = Load(History(), seed)
+        wire, rng = Wire(server.port), random.Random(seed)
+        load.act("client_async", wire, rng)
+        with (
+            traced(server, fault, paths=[data, data / "journal.jsonl.new"]) as trace,
+            contextlib.suppress(Cut),
+        ):
+            for _ in range(100):
+                load.act("worker_fail_at_length", wire, rng, lease=60)
+                if "(INJECTED)" in trace.text():
+                    break
+            for _ in range(10):
+                load.act("worker_fail_at_length", wire, rng, lease=60)
+                load.act("client_async", wire, rng)
+            assert "(INJECTED)" in trace.text(), "never compacted"
+        with contextlib.suppress(Cut):
+            load.act("client_async", wire, rng)
+        if server.ended():
+            stopped_by_the_disk(server)
+            server = starts.start(*COMPACT)
+        grow(load, server.port, data)
+        check(load.history, server.port, drained=False)
+        server.kill()
+        all_there(starts, load)
