@@ -321,11 +321,13 @@ TRANSITIONS = {
     ("pending", "complete"): "completed",
     ("pending", "fail"): "failed",
     ("pending", "retry"): "delayed",
+    ("pending", "retry_now"): "pending",
     ("pending", "release"): "pending",
     ("pending", "extend"): "processing",
     ("processing", "complete"): "completed",
     ("processing", "fail"): "failed",
     ("processing", "retry"): "delayed",
+    ("processing", "retry_now"): "pending",
     ("processing", "release"): "pending",
     ("processing", "give_back"): "pending",
     ("processing", "lapse"): "pending",
@@ -385,7 +387,7 @@ def state_after(job: Job, verb: str) -> str:
     """The state that `verb` leads to; raises JobQueueError when the job's state does not allow it."""
     state = TRANSITIONS.get((job.state, verb))
     if state is None:
-        code = "job_finished" if job.state in FINAL else "job_not_leased"
+        code = "job_not_finished" if verb == "requeue" else "job_finished" if job.state in FINAL else "job_not_leased"
         raise JobQueueError(code, f"job {job.id} is {job.state}: {verb} is not possible", job.id)
     return state
 
@@ -434,26 +436,68 @@ _strict_json, _scan_once = _strict.decode, _strict.scan_once
 
 
 def kind_of(data: bytes) -> str:
-    """`json` (strictly: no NaN, no Infinity), `text` (other UTF-8) or `binary`.
-
-    JSON nested deeper than Python can follow (about 900 levels) counts as text; RFC 8259, section 9, allows a limit.
-    """
+    """`json` (strictly: no NaN, no Infinity), `text` (other UTF-8) or `binary`."""
     try:
         text = data.decode()
     except UnicodeDecodeError:
         return "binary"
+    return "json" if _is_json(text) else "text"
+
+
+def _is_json(text: str) -> bool:
     try:
         if _scan_once(text, 0)[1] == len(text):
-            return "json"
+            return True
+        _strict_json(text)  # white space around it is fine
+        return True
     except StopIteration:  # it begins with white space, or is not JSON
-        pass
-    except (ValueError, RecursionError):
-        return "text"
-    try:
-        _strict_json(text)
-    except (ValueError, RecursionError):
-        return "text"
-    return "json"
+        with contextlib.suppress(ValueError):
+            _strict_json(text)
+            return True
+        return False
+    except ValueError:
+        return False
+    except RecursionError:
+        return _is_deep_json(text)
+
+
+_JSON_TOKEN = re.compile(
+    r'[ \t\n\r]*(?:(?P<mark>[\[\]{},:])|(?P<string>"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4}))*")'
+    r"|(?P<other>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null))"
+)
+# What may follow: state -> kind of token -> next state; `up` and `down` open and close a nesting.
+_VALUE = {"string": "after", "other": "after", "[": "up", "{": "up"}
+_JSON_STATES = {
+    "value": _VALUE,
+    "first value": {**_VALUE, "]": "down"},
+    "key": {"string": "colon"},
+    "first key": {"string": "colon", "}": "down"},
+    "colon": {":": "value"},
+    "after": {",": "more", "]": "down", "}": "down"},
+}
+
+
+def _is_deep_json(text: str) -> bool:
+    """Is it JSON? For what is nested deeper than Python's own parser can follow."""
+    state, at, nesting = "value", 0, []
+    while match := _JSON_TOKEN.match(text, at):
+        at = match.end()
+        token = match["mark"] or match.lastgroup
+        state = _JSON_STATES[state].get(token)
+        if state == "up":
+            nesting.append("]" if token == "[" else "}")
+            state = "first value" if token == "[" else "first key"
+        elif state == "down":
+            if not nesting or nesting.pop() != token:
+                return False
+            state = "after"
+        elif state == "more":
+            if not nesting:
+                return False
+            state = "value" if nesting[-1] == "]" else "key"
+        elif state is None:
+            return False
+    return state == "after" and not nesting and not text[at:].strip(" \t\n\r")
 
 
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
@@ -603,8 +647,9 @@ class Timers:
     def cancel(self, key: Any) -> None:
         self._when.pop(key, None)
 
-    def when(self, key: Any) -> float | None:
-        return self._when.get(key)
+    def clear(self) -> None:
+        self._heap.clear()
+        self._when.clear()
 
     def __iter__(self) -> Iterator[Any]:
         """The keys whose deadline is to come."""
@@ -713,7 +758,7 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     if line[:8] != b'{"crc":"' or line[-1:] != b"\n":
         return None
     try:
-        if int(line[8:16], 16) != zlib.crc32(line[18:]) or line[8:16] != line[8:16].lower() or line[16:18] != b'",':
+        if line[8:18] != b'%08x",' % zlib.crc32(line[18:]):
             return None
         return json.loads(line)
     except ValueError:
@@ -877,17 +922,22 @@ class Journal:
         if not self.failure and self._file >= 0:
             with contextlib.suppress(OSError, JobQueueError):
                 _sync_data(self._file)
-                self.synced = self.seq
+                self.synced, end = self.seq, self.size
                 self.append('{"op":"close"}', urgent=True)
-                _sync_data(self._file)
+                try:
+                    _sync_data(self._file)
+                except OSError:
+                    os.ftruncate(self._file, end)  # not sure to be on the disk: no closing record, then
         self.abandon()
 
     def abandon(self) -> None:
         """Let go of the folder and leave the file as it is."""
-        for fd in (self._file, self._lock):
+        with self._tail:
+            fds, self._file, self._lock = (self._file, self._lock), -1, -1
+            self.failure = self.failure or OSError(errno.EBADF, "the journal is closed")
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._file = self._lock = -1
 
     # -- appending; the engine's lock is held
 
@@ -1289,17 +1339,17 @@ class _Lane:
         self.name, self.paused = name, False
         self.heaps: dict[int, list[tuple[int, str]]] = {}
         self.priorities: list[int] = []  # of the heaps, the highest first
-        self.waiters: collections.deque[_Waiter] = collections.deque()
+        self.waiters: collections.OrderedDict[_Waiter, None] = collections.OrderedDict()  # the longest first
         self.counts = dict.fromkeys(STATES, 0)
 
 
 class _Waiter:
-    """A long poll in line."""
+    """A long poll in line, or a client that waits for the end of a job (`job_id`)."""
 
-    __slots__ = ("future", "claim", "answer")
+    __slots__ = ("future", "answer", "claim", "job_id")
 
-    def __init__(self, future: Future, claim: Claim, answer: Callable[[list[Job]], tuple[Any, int]]) -> None:
-        self.future, self.claim, self.answer = future, claim, answer
+    def __init__(self, future: Future, answer: Callable, claim: Claim | None = None, job_id: str | None = None) -> None:
+        self.future, self.answer, self.claim, self.job_id = future, answer, claim, job_id
 
 
 class _Order:
@@ -1312,10 +1362,11 @@ class _Order:
         self.numbers.append(number)
         self.ids.append(job_id)
 
-    def below(self, number: int | None, count: int) -> list[str]:
-        """Up to `count` ids with smaller numbers, newest first."""
+    def below(self, number: int | None, count: int) -> tuple[list[str], int | None]:
+        """Up to `count` ids with smaller numbers, newest first, and the number to go on from (None: that was all)."""
         end = len(self.ids) if number is None else bisect.bisect_left(self.numbers, number)
-        return self.ids[max(0, end - count) : end][::-1]
+        start = max(0, end - count)
+        return self.ids[start:end][::-1], self.numbers[start] if start else None
 
     def tidy(self, alive: dict[str, Job]) -> None:
         if len(self.ids) > 2 * len(alive) + 1000:
@@ -1325,7 +1376,8 @@ class _Order:
 
 
 def _verb(method: Callable) -> Callable:
-    """A verb takes the lock once. What the clock has brought is settled first; who gets an answer gets it afterwards."""
+    """A verb takes the lock once. Before it, what the clock has brought is settled; after it, what it made pending is
+    handed to the polls that wait, and when the lock is free, who gets an answer gets it."""
 
     @functools.wraps(method)
     def call(self: LocalEngine, *args: Any) -> Any:
@@ -1333,7 +1385,12 @@ def _verb(method: Callable) -> Callable:
             with self._lock:
                 if self._clock.monotonic() >= self._alarm:
                     self._settle_due()
-                return method(self, *args)
+                if self._closed:
+                    raise JobQueueError("draining", "the server has stopped")
+                try:
+                    return method(self, *args)
+                finally:
+                    self._round_off()
         finally:
             while self._ready:
                 with contextlib.suppress(IndexError):  # another thread was faster: each answer is taken once
@@ -1363,17 +1420,19 @@ class LocalEngine(Engine):
         self._order = _Order()
         self._lanes: dict[str, _Lane] = {}
         self._keys: dict[str, str] = {}
+        self._ttl_ends: dict[str, float] = {}  # of the unfinished jobs that have a ttl
         self._unfinished_bytes = self._finished_bytes = 0
         self._counts = dict.fromkeys(STATES, 0)
         self._delays, self._leases, self._ttls, self._polls, self._holds = (Timers() for _ in range(5))
         self._kept = {False: collections.OrderedDict(), True: collections.OrderedDict()}  # failed? -> id -> deadline
-        self._watchers: dict[str, list[Future]] = {}
+        self._watchers: dict[str, list[_Waiter]] = {}
         self._waiting = {"clients": 0, "workers": 0}
-        self._gone = {"clients": itertools.count(), "workers": itertools.count()}
+        self._gone: dict[str, list[None]] = {"clients": [], "workers": []}  # an entry for each that hung up
+        self._due: list[_Lane] = []  # lanes with something new for the polls that wait
         self._ready: collections.deque[tuple[Future, Any]] = collections.deque()  # answers to give without the lock
         self._drained: Future | None = None
         self._closed = False
-        self._compacting = False
+        self._compacting: threading.Thread | None = None
         self._compact_again = 0.0
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
         self._totals = dict.fromkeys(("jobs_submitted_total", "jobs_completed_total", "retries_total", "leases_lapsed_total",
@@ -1383,9 +1442,9 @@ class LocalEngine(Engine):
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
         self._timer_thread = threading.Thread(target=self._time_forever, name="jobqueue-timer", daemon=True)
         self._verbs_at_due = (
+            (self._ttls, self._ttl_over),
             (self._delays, self._delay_over),
             (self._leases, self._lease_over),
-            (self._ttls, self._ttl_over),
             (self._polls, self._poll_over),
             (self._holds, self._hold_over),
         )
@@ -1404,7 +1463,12 @@ class LocalEngine(Engine):
         gc.disable()  # a million new objects, none of them garbage
         try:
             for record in self.journal.read():
-                self._replay(record)
+                seq = record["seq"]
+                try:
+                    self._replay(record)
+                except (KeyError, TypeError, ValueError, JobQueueError) as error:
+                    raise DataError(f"{self.journal.path}: record {seq} does not follow from those before it: {error!r}. "
+                                    "Nothing was changed.") from None
             self.journal.start(self._snapshot)
             self._rebuild()
         finally:
@@ -1492,19 +1556,14 @@ class LocalEngine(Engine):
 
     @_verb
     def jobs(self, queue: str | None, state: str | None, limit: int, after: int | None) -> tuple[list[Job], int | None]:
-        ids = self._order.below(after, self.SCAN)
+        ids, rest = self._order.below(after, self.SCAN)
         found: list[Job] = []
-        last = None
-        for job_id in ids:
-            job = self._jobs.get(job_id)
-            if job is None:
-                continue
-            if len(found) == limit:
-                return found, last
-            last = job.number
+        for job in filter(None, map(self._jobs.get, ids)):
             if (state is None or job.state == state) and (queue is None or job.queue == queue):
+                if len(found) == limit:
+                    return found, found[-1].number
                 found.append(job)
-        return found, last if len(ids) == self.SCAN and last is not None else None
+        return found, rest
 
     @_verb
     def cancel(self, job_id: str) -> Future:
@@ -1518,14 +1577,15 @@ class LocalEngine(Engine):
 
     @_verb
     def poll(self, claim: Claim) -> Future:
-        return self._claim(claim, lambda jobs: (jobs, 0))
+        return self._claim(claim, lambda jobs, error: (error or jobs, 0))
 
     @_verb
     def give_back(self, jobs: list[Job]) -> None:
         for given in jobs:
             job = self._jobs.get(given.id)
             if job and job.state == "processing" and job.token == given.token:
-                self._change(job, "give_back", urgent=True, settled="give_back", deliveries=job.deliveries - 1)
+                with contextlib.suppress(JobQueueError):  # the disk did not take it: the lease runs out, then
+                    self._change(job, "give_back", urgent=True, settled="give_back", deliveries=job.deliveries - 1)
 
     @_verb
     def complete(self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None,
@@ -1534,7 +1594,7 @@ class LocalEngine(Engine):
         seq = outcome.job.record
         if claim is None:
             return self._promise(outcome, seq, job_id)
-        return self._claim(claim, lambda jobs: (outcome._replace(next=jobs[0] if jobs else None), seq))
+        return self._claim(claim, lambda jobs, error: (outcome._replace(next=jobs[0] if jobs else None), seq))
 
     @_verb
     def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
@@ -1559,10 +1619,9 @@ class LocalEngine(Engine):
         if retry and failures < job.attempts:
             self._totals["retries_total"] += 1
             delay = retry_delay(failures) if delay is None else delay
-            job = self._change(job, "retry", urgent=True, **changes, delay=delay,
-                               available=self._wall() + microseconds(delay))
-            if delay == 0:
-                job = self._change(job, "ripen", urgent=True)
+            if delay:
+                changes |= {"delay": delay, "available": self._wall() + microseconds(delay)}
+            job = self._change(job, "retry" if delay else "retry_now", urgent=True, **changes)
         else:
             job = self._change(job, "fail", urgent=True, **changes, finished=self._wall())
         return self._promise(Outcome(job), job.record, job_id)
@@ -1580,8 +1639,10 @@ class LocalEngine(Engine):
         if job.state == "cancelled" and job.token is not None and token in (None, job.token):
             return Outcome(job)
         check_lease(job, token, "extend")
+        # Extending a lease that has run out takes that back: it was no failed attempt.
+        changes = {"failures": job.failures - 1} if job.settled == "lapse" else {}
         seconds = lease or job.lease_seconds
-        return Outcome(self._change(job, "extend", urgent=True, settled=None, lease_seconds=seconds))
+        return Outcome(self._change(job, "extend", urgent=True, settled=None, lease_seconds=seconds, **changes))
 
     # -- administration
 
@@ -1596,19 +1657,17 @@ class LocalEngine(Engine):
 
     @_verb
     def requeue_some(self, state: str, queue: str | None, after: int | None) -> tuple[int, int | None]:
-        ids = self._order.below(after, self.SWEEP)
-        jobs = [job for job in map(self._jobs.get, ids) if job]
-        some = [job for job in jobs if job.state == state and queue in (None, job.queue)]
-        for job in some:
+        ids, rest = self._order.below(after, self.SWEEP)
+        jobs = [job for job in map(self._jobs.get, ids) if job and job.state == state and queue in (None, job.queue)]
+        for job in jobs:
             self._requeue(job)
-        return len(some), jobs[-1].number if jobs and len(ids) == self.SWEEP else None
+        return len(jobs), rest
 
     @_verb
     def pause(self, queue: str | None, paused: bool) -> Future:
         seq = self.journal.append(json_text({"op": "pause", "queue": queue, "paused": paused}), urgent=True)
         self._set_paused(queue, paused)
-        for lane in list(self._lanes.values()):
-            self._offer(lane)
+        self._due.extend(self._lanes.values())
         names: Any = "all" if self._all_paused else sorted(lane.name for lane in self._lanes.values() if lane.paused)
         return self._promise(names, seq)
 
@@ -1623,15 +1682,14 @@ class LocalEngine(Engine):
             lane.heaps, lane.priorities, lane.counts = {}, [], dict.fromkeys(STATES, 0)
             self._drop_if_empty(lane)
         for timers in (self._delays, self._leases, self._ttls):
-            timers.__init__()
+            timers.clear()
+        self._ttl_ends.clear()
         for kept in self._kept.values():
             kept.clear()
-        for job_id, futures in watchers.items():
+        for job_id, waiting in watchers.items():
             error = JobQueueError("job_cleared", "the queue was cleared", job_id)
-            for future, _ in futures:
-                if self._claim_watcher(future):
-                    self._settle(future, error, seq, job_id)
-        self._tell_drained()
+            for watcher in waiting:
+                self._answer_watcher(watcher, error, seq)
         return self._promise(len(jobs), seq)
 
     @_verb
@@ -1643,7 +1701,7 @@ class LocalEngine(Engine):
             age = None if oldest is None else max(0.0, (wall - oldest.created) / 1e6)
             queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused,
                                  "oldest_pending_seconds": age}
-        waiting = {f"waiting_{who}": max(0, self._waiting_now(who)) for who in self._waiting}
+        waiting = {f"waiting_{who}": self._waiting_now(who) for who in self._waiting}
         return {"total": len(self._jobs), **_as_counts(self._counts), "bytes": self._unfinished_bytes,
                 "finished_bytes": self._finished_bytes, **waiting, "paused": self._all_paused,
                 "draining": self._drained is not None, "queues": queues}
@@ -1664,14 +1722,15 @@ class LocalEngine(Engine):
     def drain(self) -> Future:
         if self._drained is None:
             self._drained = Future()
-            for lane in list(self._lanes.values()):
-                for waiter in lane.waiters:
-                    self._end_poll(waiter)
-            self._tell_drained()
+            self._end_polls()
         return self._drained
 
     def close(self) -> None:
-        self._finish()
+        with contextlib.suppress(JobQueueError):
+            self._finish()
+        compacting = self._compacting
+        if compacting:
+            compacting.join()
         if threading.current_thread() is not self._timer_thread:
             self._timer_thread.join()
         self.journal.close()
@@ -1679,22 +1738,19 @@ class LocalEngine(Engine):
     @_verb
     def _finish(self) -> None:
         """Clients that still wait learn that their job is accepted, and where to ask for it."""
-        self._closed = True
         self._drained = self._drained or Future()
-        for lane in list(self._lanes.values()):
-            for waiter in lane.waiters:
-                self._end_poll(waiter)
+        self._end_polls()
         for job_id, watchers in self._watchers.items():
-            for future, shape in watchers:
-                if self._claim_watcher(future):
-                    self._settle(future, shape(self._jobs[job_id]), self._jobs[job_id].record, job_id)
+            for watcher in watchers:
+                self._answer_watcher(watcher, watcher.answer(self._jobs[job_id]), self._jobs[job_id].record)
+        self._closed = True
         self._timer.notify()
 
     @_verb
     def _untie(self, job_id: str) -> None:
         """A client that asked for it has hung up."""
         job = self._jobs.get(job_id)
-        watched = any(not future.done() for future, _ in self._watchers.get(job_id, ()))
+        watched = any(watcher.future and not watcher.future.done() for watcher in self._watchers.get(job_id, ()))
         if job and job.state not in FINAL and not watched:
             self._change(job, "cancel", urgent=True, finished=self._wall())
 
@@ -1740,8 +1796,8 @@ class LocalEngine(Engine):
         self._enter(job, self._clock.monotonic(), job.created)
         return job
 
-    def _change(self, job: Job, verb: str, urgent: bool = False, **changes: Any) -> Job:
-        """Write the record, then move the job: what the disk refused did not happen."""
+    def _change(self, job: Job, verb: str, urgent: bool = False, wall: int | None = None, **changes: Any) -> Job:
+        """Write the record, then move the job: what the disk refused did not happen. `wall`: see _enter."""
         state = state_after(job, verb)
         record = {"op": verb, "id": job.id, **changes}
         if "result" in changes:
@@ -1749,10 +1805,17 @@ class LocalEngine(Engine):
         seq = self.journal.append(json_text(record), urgent=urgent)
         new = job._replace(state=state, record=seq, **changes)
         self._leave(job)
-        self._enter(new, self._clock.monotonic(), None)
+        self._enter(new, self._clock.monotonic(), wall)
+        return new
+
+    def _round_off(self) -> None:
+        """The end of each verb."""
+        while self._due:
+            self._offer(self._due.pop())
         if self.journal.size > self._settings.compact_bytes:
             self._watch_size()
-        return new
+        if self._drained is not None and not self._counts["processing"]:
+            self._ready.append((self._drained, True))
 
     def _leave(self, job: Job) -> None:
         self._lanes[job.queue].counts[job.state] -= 1
@@ -1768,7 +1831,7 @@ class LocalEngine(Engine):
             self._unfinished_bytes -= job.size
 
     def _enter(self, job: Job, now: float, wall: int | None) -> None:
-        """Put the job where its state belongs. `wall`: it is new or restored, and its times are on the wall clock."""
+        """Put the job where its state belongs. `wall`: its times are new, or restored, and on the wall clock."""
         self._jobs[job.id] = job
         lane = self._lanes.get(job.queue) or self._lane(job.queue)
         lane.counts[job.state] += 1
@@ -1778,42 +1841,41 @@ class LocalEngine(Engine):
             self._finish_job(job, now, wall)
             return
         self._unfinished_bytes += job.size
-        if wall is not None and job.ttl is not None:
-            self._arm(self._ttls, job.id, now + _remaining(job.expires, job.ttl, wall))
+        if job.ttl is not None:
+            if wall is not None:
+                self._ttl_ends[job.id] = now + _remaining(job.expires, job.ttl, wall)
+            if job.state != "processing":
+                self._arm(self._ttls, job.id, self._ttl_ends[job.id])
         if job.state == "pending":
-            if job.ttl is not None and self._ttls.when(job.id) is None:  # it ran out while a worker had the job
-                self._change(job, "expire", urgent=True, finished=self._wall())
-                return
             self._line_up(lane, job)
             if lane.waiters:
-                self._offer(lane)
+                self._due.append(lane)
         elif job.state == "delayed":
             self._arm(self._delays, job.id, now + (_remaining(job.available, job.delay, wall) if wall else job.delay))
         else:
             self._arm(self._leases, job.id, now + job.lease_seconds)
 
     def _finish_job(self, job: Job, now: float, wall: int | None) -> None:
-        self._ttls.cancel(job.id)
+        if job.ttl is not None:
+            self._ttls.cancel(job.id)
+            self._ttl_ends.pop(job.id, None)
         failed = job.state == "failed"
         keep = self._settings.keep_failed if failed else self._settings.keep_completed
         left = _remaining(job.finished + microseconds(keep), keep, wall) if wall else keep
         self._kept[failed][job.id] = now + left
+        self._wake_by(now + left)
         if wall:
             return
-        for future, shape in self._watchers.pop(job.id, ()):
-            if self._claim_watcher(future):
-                self._settle(future, shape(job), job.record, job.id)
+        for watcher in self._watchers.pop(job.id, ()):
+            self._answer_watcher(watcher, watcher.answer(job), job.record)
         self._forget_old(now)
-        if self._drained is not None:
-            self._tell_drained()
 
     def _requeue(self, job: Job) -> Job:
         wall = self._wall()
         fresh = {"failures": 0, "settled": "requeue", "error": None, "finished": None}
         if job.ttl is not None:
             fresh["expires"] = wall + microseconds(job.ttl)
-            self._arm(self._ttls, job.id, self._clock.monotonic() + job.ttl)
-        return self._change(job, "requeue", **fresh)
+        return self._change(job, "requeue", wall=wall, **fresh)
 
     def _complete(self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None) -> Outcome:
         job = self._find(job_id)
@@ -1884,10 +1946,11 @@ class LocalEngine(Engine):
         return job is not None and job.state == "pending"
 
     def _top(self, heap: list[tuple[int, str]]) -> Job | None:
-        """The oldest job of a heap that is still pending."""
+        """The oldest job of a heap that is still pending, and may still be handed out."""
         while heap:
             job = self._jobs.get(heap[0][1])
-            if job is not None and job.state == "pending":
+            alive = job is not None and job.state == "pending"
+            if alive and (job.ttl is None or self._ttl_ends[job.id] > self._clock.monotonic()):
                 return job
             heapq.heappop(heap)
         return None
@@ -1929,40 +1992,56 @@ class LocalEngine(Engine):
         return self._change(job, "lease", urgent=True, settled=None, token=secrets.token_hex(8), lease_seconds=seconds,
                             worker=claim.worker, deliveries=job.deliveries + 1, started=wall)
 
-    def _claim(self, claim: Claim, answer: Callable[[list[Job]], tuple[Any, int]]) -> Future:
-        """A future of what `answer` makes of the jobs (and the record it has to wait for)."""
+    def _claim(self, claim: Claim, answer: Callable[[list[Job], JobQueueError | None], tuple[Any, int]]) -> Future:
+        """A future of what `answer` makes of the jobs, or of the disk's refusal (and the record it has to wait for)."""
         self._see_worker(claim)
-        future = Future()
-        waiter = _Waiter(future, claim, answer)
-        jobs = self._take(claim)
-        if jobs or not claim.wait or self._drained is not None:
+        future, error = Future(), None
+        try:
+            jobs = self._take(claim)
+        except JobQueueError as refusal:
+            jobs, error = [], refusal
+        if jobs or error or not claim.wait or self._drained is not None:
             future.claim()
-            self._settle(future, *answer(jobs))
+            self._settle(future, *answer(jobs, error))
             return future
+        waiter = _Waiter(future, answer, claim)
         self._count_in("workers", future)
         for queue in claim.queues:
-            self._lane(queue).waiters.append(waiter)
+            self._lane(queue).waiters[waiter] = None
         self._arm(self._polls, waiter, self._clock.monotonic() + claim.wait)
         return future
 
     def _offer(self, lane: _Lane) -> None:
         """Hand pending jobs to the polls that wait, the one that waits longest first."""
         while lane.waiters and self._first(lane):
-            waiter = lane.waiters.popleft()
+            waiter = next(iter(lane.waiters))
             if not waiter.future.claim():
+                self._drop_poll(waiter)
                 continue
-            self._count_out("workers")
-            self._polls.cancel(waiter)
             try:
-                value, seq = waiter.answer(self._take(waiter.claim))
-            except JobQueueError as error:
-                value, seq = error, 0
-            self._settle(waiter.future, value, seq)
+                jobs, error = self._take(waiter.claim), None
+            except JobQueueError as refusal:
+                jobs, error = [], refusal
+            self._answer_poll(waiter, jobs, error)
 
-    def _end_poll(self, waiter: _Waiter) -> None:
-        if waiter.future.claim():
-            self._count_out("workers")
-            self._settle(waiter.future, *waiter.answer([]))
+    def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: JobQueueError | None = None) -> None:
+        """Its future is claimed."""
+        self._waiting["workers"] -= 1
+        self._settle(waiter.future, *waiter.answer(jobs, error))
+        self._drop_poll(waiter)
+
+    def _drop_poll(self, waiter: _Waiter) -> None:
+        self._polls.cancel(waiter)
+        for queue in waiter.claim.queues:
+            lane = self._lanes.get(queue)
+            if lane:
+                lane.waiters.pop(waiter, None)
+                self._drop_if_empty(lane)
+        waiter.future = waiter.answer = None  # a heap of timers may still hold the waiter, but not its answer
+
+    def _end_polls(self) -> None:
+        for waiter in {waiter for lane in self._lanes.values() for waiter in lane.waiters}:
+            self._poll_over(waiter)
 
     # -- the lock is held: who waits
 
@@ -1976,16 +2055,16 @@ class LocalEngine(Engine):
         self._settle(future, value, seq, job_id)
         return future
 
-    def _watch(self, job: Job, wait: float | None, shape: Callable[[Job], Any]) -> Future:
+    def _watch(self, job: Job, wait: float | None, answer: Callable[[Job], Any]) -> Future:
         """A future of the job: final, or as it stands when the wait is over."""
-        if job.state in FINAL or wait == 0 or self._closed:
-            current = self._jobs.get(job.id, job)  # a job may have been handed out while it was entered
-            return self._promise(shape(current), current.record, job.id)
+        if job.state in FINAL or wait == 0:
+            return self._promise(answer(job), job.record, job.id)
         future = Future()
-        self._watchers.setdefault(job.id, []).append((future, shape))
+        watcher = _Waiter(future, answer, job_id=job.id)
+        self._watchers.setdefault(job.id, []).append(watcher)
         self._count_in("clients", future)
         if wait is not None:
-            self._arm(self._holds, (job.id, future, shape), self._clock.monotonic() + wait)
+            self._arm(self._holds, watcher, self._clock.monotonic() + wait)
         return future
 
     def _tie(self, future: Future, job_id: str, tied: bool) -> Future:
@@ -1993,28 +2072,40 @@ class LocalEngine(Engine):
             future.add_done_callback(lambda future: future.cancelled() and self._untie(job_id))
         return future
 
-    def _claim_watcher(self, future: Future) -> bool:
-        claimed = future.claim()
-        if claimed:
-            self._count_out("clients")
-        return claimed
+    def _answer_watcher(self, watcher: _Waiter, value: Any, seq: int) -> None:
+        if watcher.future and watcher.future.claim():
+            self._waiting["clients"] -= 1
+            self._settle(watcher.future, value, seq, watcher.job_id)
+        self._holds.cancel(watcher)
+        watcher.future = watcher.answer = None
 
     def _count_in(self, who: str, future: Future) -> None:
-        """Count a waiter; one that leaves is counted without the lock, since a crowd may leave at once."""
+        """Count a waiter. One that hangs up takes no lock, since a crowd may leave at once: it leaves a mark, and when
+        those that left are the most, they are swept out."""
         self._waiting[who] += 1
         gone = self._gone[who]
-        future.add_done_callback(lambda future: future.cancelled() and next(gone))
+        future.add_done_callback(lambda future: gone.append(None) if future.cancelled() else None)
+        if len(gone) > 1000 + self._waiting[who] // 2:
+            self._sweep(who)
 
-    def _count_out(self, who: str) -> None:
-        self._waiting[who] -= 1
+    def _sweep(self, who: str) -> None:
+        gone = len(self._gone[who])
+        del self._gone[who][:gone]
+        self._waiting[who] -= gone
+        if who == "workers":
+            for waiter in [waiter for waiter in self._polls if waiter.future.cancelled()]:
+                self._drop_poll(waiter)
+            return
+        for job_id, watchers in list(self._watchers.items()):
+            for watcher in watchers:
+                if watcher.future.cancelled():
+                    self._holds.cancel(watcher)
+            watchers[:] = [watcher for watcher in watchers if not watcher.future.cancelled()]
+            if not watchers:
+                del self._watchers[job_id]
 
     def _waiting_now(self, who: str) -> int:
-        left = self._gone[who].__reduce__()[1][0]
-        return self._waiting[who] - left
-
-    def _tell_drained(self) -> None:
-        if self._drained is not None and not self._counts["processing"]:
-            self._ready.append((self._drained, True))
+        return max(0, self._waiting[who] - len(self._gone[who]))
 
     def _see_worker(self, claim: Claim) -> None:
         if not claim.worker:
@@ -2036,6 +2127,9 @@ class LocalEngine(Engine):
 
     def _arm(self, timers: Timers, key: Any, when: float) -> None:
         timers.set(key, when)
+        self._wake_by(when)
+
+    def _wake_by(self, when: float) -> None:
         if when < self._alarm:
             self._alarm = when
             self._timer.notify()
@@ -2061,8 +2155,8 @@ class LocalEngine(Engine):
                     timers.set(key, now + 1)
                     break
         self._forget_old(now)
-        self._watch_size()
         self._set_alarm()
+        self._round_off()
 
     def _delay_over(self, job_id: str) -> None:
         self._change(self._jobs[job_id], "ripen", urgent=True)
@@ -2079,28 +2173,22 @@ class LocalEngine(Engine):
 
     def _ttl_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
-        if job.state != "processing":  # a worker that has it may still complete it; else see _enter
+        if job.state != "processing":  # a worker that has it may still complete it
             self._change(job, "expire", urgent=True, finished=self._wall())
 
     def _poll_over(self, waiter: _Waiter) -> None:
-        self._end_poll(waiter)
-        for queue in waiter.claim.queues:
-            lane = self._lanes.get(queue)
-            if lane:
-                with contextlib.suppress(ValueError):
-                    lane.waiters.remove(waiter)
-                self._drop_if_empty(lane)
+        if waiter.future.claim():
+            self._answer_poll(waiter, [])
+        else:
+            self._drop_poll(waiter)
 
-    def _hold_over(self, key: tuple[str, Future, Callable]) -> None:
-        job_id, future, shape = key
-        watchers = self._watchers.get(job_id)
-        if watchers and (future, shape) in watchers:
-            watchers.remove((future, shape))
-            if not watchers:
-                del self._watchers[job_id]
-        if self._claim_watcher(future):
-            job = self._jobs[job_id]
-            self._settle(future, shape(job), job.record, job_id)
+    def _hold_over(self, watcher: _Waiter) -> None:
+        job = self._jobs[watcher.job_id]
+        watchers = self._watchers[job.id]
+        watchers.remove(watcher)
+        if not watchers:
+            del self._watchers[job.id]
+        self._answer_watcher(watcher, watcher.answer(job), job.record)
 
     def _time_forever(self) -> None:
         while True:
@@ -2110,7 +2198,8 @@ class LocalEngine(Engine):
                     self._clock.wait(self._timer, None if self._alarm == math.inf else self._alarm - now)
                 if self._closed:
                     return
-            self._tick()
+            with contextlib.suppress(JobQueueError):  # closed in between
+                self._tick()
 
     @_verb
     def _tick(self) -> None:
@@ -2121,14 +2210,20 @@ class LocalEngine(Engine):
     def _watch_size(self) -> None:
         """Start a compaction when the journal is large and more than half of it is dead."""
         size = self.journal.size
-        if size <= self._settings.compact_bytes or self._compacting or self._closed:
+        if self._compacting or self._closed:
             return
         if size < 2 * (self._unfinished_bytes + self._finished_bytes) or self._clock.monotonic() < self._compact_again:
             return
-        self._compacting = True
         count, bodies = self._snapshot()
-        arguments = (count, bodies, self.journal.seq, size)
-        threading.Thread(target=self._compact, args=arguments, name="jobqueue-compact", daemon=True).start()
+        arguments = (count, self._until_closed(bodies), self.journal.seq, size)
+        self._compacting = threading.Thread(target=self._compact, args=arguments, name="jobqueue-compact", daemon=True)
+        self._compacting.start()
+
+    def _until_closed(self, bodies: Iterable[str]) -> Iterator[str]:
+        for body in bodies:
+            if self._closed:
+                raise OSError(errno.ECANCELED, "the queue is closing")
+            yield body
 
     def _compact(self, *arguments: Any) -> None:
         """Runs in a thread of its own, without the lock."""
@@ -2138,10 +2233,11 @@ class LocalEngine(Engine):
             self._totals["compactions_total"] += 1
             log.info("compacted bytes_before=%d bytes_after=%d", before, self.journal.size)
         except OSError as error:
-            log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
+            if not self._closed:
+                log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
             self._compact_again = self._clock.monotonic() + 10
         finally:
-            self._compacting = False
+            self._compacting = None
 
 
 def _new_id() -> str:
@@ -4036,7 +4132,7 @@ class Connection:
         line, _, fields = block.partition(b"\r\n")
         if len(line) > settings.max_request_line:
             raise JobQueueError("uri_too_long", f"the request line has {len(line)} bytes; at most {settings.max_request_line}")
-        self._started = self._server.now
+        self._started, self._is_head = self._server.now, False
         self._begin(line, fields)
         return True
 
@@ -4202,7 +4298,8 @@ class Connection:
     @staticmethod
     def _lose(later: Later, value: Any) -> None:
         if later.lost and not isinstance(value, BaseException):
-            later.lost(value)
+            with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
+                later.lost(value)
 
     def _peer_left(self) -> bool:
         """Has the other side hung up, unseen so far? A job must not go to a worker that is gone."""
@@ -4412,10 +4509,17 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             for key, mask in events:
                 key.data(mask)
             while self._posted:
-                self._posted.popleft()()
+                self._call_posted(self._posted.popleft())
             while (timed := self.timers.pop_due(self.now)) is not None:
                 timed.expire(self.now)
         self._serving = 0
+
+    @staticmethod
+    def _call_posted(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception:  # the server lives
+            log.exception("posted_call_failed")
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the serving thread call this: now where this is it, else after one wake-up for all that is posted."""

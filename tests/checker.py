@@ -500,7 +500,9 @@ class Load:
             if not jobs:
                 return
             call = self.complete(wire, jobs[0], query=f"&next=true&lease={lease}&wait=0.1")
-            jobs = [call.answer["next"]] if call.ok and call.answer.get("next") else []
+            if not call.ok:
+                return
+            jobs = [call.answer["next"]] if call.answer.get("next") else []
             self.history.calls.append(
                 Call("poll", call.started, call.ended, call.status, jobs=jobs, lease=lease)
             )
@@ -582,7 +584,7 @@ def check(history, port, drained=True, leases_survive=True, may=(), jobs=None):
     may: further (kind, status) that are in order, such as ("complete", 507) where no write can succeed.
     Returns how much there was to check, so that a test can see that it checked something.
     """
-    state = _State(history, server_jobs(port) if jobs is None else jobs)
+    state = _State(history, server_jobs(port) if jobs is None else jobs, leases_survive)
     found = [
         f"{call.kind} was answered {call.status}: {call.answer}"
         for call in history.calls
@@ -592,7 +594,7 @@ def check(history, port, drained=True, leases_survive=True, may=(), jobs=None):
     ]
     for rule in (_submits, _batches, _strangers, _hand_outs, _results, _ends, _clears):
         found += rule(state)
-    if leases_survive:
+    if state.leases_survive:
         found += [*_leases(state), *_attempts(state)]
     if drained:
         found += [
@@ -614,10 +616,13 @@ def check(history, port, drained=True, leases_survive=True, may=(), jobs=None):
 class _State:
     """The history turned round: by job, by payload."""
 
-    def __init__(self, history, jobs):
-        self.history, self.jobs = history, jobs
+    def __init__(self, history, jobs, leases_survive):
+        self.history, self.jobs, self.leases_survive = history, jobs, leases_survive
         self.clears = [call for call in history.of("clear") if call.ok or call.unknown]
-        self.sender = {payload: call for call in history.of("submit") for payload in call.payloads}
+        self.senders = collections.defaultdict(list)  # payload -> submits; several only where they have a key
+        for call in history.of("submit"):
+            for payload in call.payloads:
+                self.senders[payload].append(call)
         self.accepted = {}  # job_id -> (payload, the submit that was told)
         for call in history.of("submit"):
             for job_id, payload in zip(call.job_ids, call.payloads, strict=False):
@@ -636,6 +641,12 @@ class _State:
                 self.hand_outs[job["job_id"]].append((poll, job))
         for pairs in self.hand_outs.values():
             pairs.sort(key=lambda pair: pair[0].ended)
+
+    def seen(self):
+        """Every job that a worker was shown or the server holds, as (id, job)."""
+        for job_id, pairs in self.hand_outs.items():
+            yield from ((job_id, job) for _, job in pairs)
+        yield from self.jobs.items()
 
     def maybe_cleared(self, since):
         """True where a clear may have taken what was accepted by a call that began at `since`."""
@@ -686,27 +697,19 @@ def _batches(state):
 def _strangers(state):
     """Nothing runs or is held that was not sent, or was refused; and one payload is one job."""
     owners = collections.defaultdict(set)
-    shown = [(job_id, job) for job_id, pairs in state.hand_outs.items() for _, job in pairs]
-    for job_id, job in itertools.chain(shown, state.jobs.items()):
+    for job_id, job in state.seen():
         payload = payload_bytes(job)
-        owners[payload].add(job_id)
-        sender = state.sender.get(payload)
-        if sender is None:
+        senders = state.senders.get(payload)
+        if senders is None:
             yield f"{job_id} holds a payload that nobody sent: {job}"
-        elif not sender.sent or _all_refused(state, sender, payload):
-            yield f"{job_id} was refused and is there all the same: {sender} {job}"
+        elif all(call.refused or not call.sent for call in senders):
+            yield f"{job_id} was refused and is there all the same: {senders} {job}"
+        # A job that a power cut took after a worker had seen it may have been sent again, under its key.
+        elif state.leases_survive or job_id in state.jobs:
+            owners[payload].add(job_id)
     for payload, ids in owners.items():
-        if len(ids) > 1 and not state.maybe_cleared(state.sender[payload].started):
+        if len(ids) > 1 and not state.maybe_cleared(min(call.started for call in state.senders[payload])):
             yield f"one payload became {len(ids)} jobs: {ids} {payload[:80]}"
-
-
-def _all_refused(state, sender, payload):
-    """True where each submit of this payload was refused; only one with a key is sent more than once."""
-    if sender.key is None:
-        return sender.refused
-    return all(
-        call.refused or not call.sent for call in state.history.of("submit") if payload in call.payloads
-    )
 
 
 def _hand_outs(state):

@@ -51,13 +51,19 @@ class Outline:
         """Whether the server may rightly wait: for the rest, for somebody else, for another request."""
         return not self.clean or self.held or not (self.requests and self.requests[-1].closes)
 
+    @property
+    def owed(self):
+        """Whether all is to be answered: a client that ends its stream while it waits counts as gone."""
+        return not self.leaves_open or not any(request.waits for request in self.requests)
+
 
 @dataclass
 class Request:
     method: bytes
     target: bytes
     closes: bool
-    held: bool  # the answer may wait for somebody else, and is not owed once the client has ended its stream
+    held: bool  # the answer may wait for somebody else
+    waits: bool  # the answer may wait for the disk, or hand out a job: not owed once the stream has ended
 
 
 FIELD = rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)"
@@ -132,7 +138,8 @@ def request_of(head, told):
     old = head[3] == b"0"
     closes = b"close" in options or old and (b"keep-alive" not in options or bool(told[b"transfer-encoding"]))
     held = bool(WAITS.search(head[2])) and not NO_WAIT.search(head[2]) or bool(told[b"prefer"])
-    return Request(head[1], head[2], closes, held)
+    waits = held or head[1] not in (b"GET", b"HEAD") or b"poll" in head[2]
+    return Request(head[1], head[2], closes, held, waits)
 
 
 # == Messages
@@ -378,7 +385,7 @@ def collect(report, connection, number, message, outlined):
     except TimeoutError:
         problem = f"no end within {DEADLINE} s"
     except ConnectionResetError:
-        if not outlined.held:
+        if outlined.owed:
             problem = "reset, so that an answer may be lost"
     problem = problem or judge(report, stream, outlined)
     if problem:
@@ -402,7 +409,7 @@ def judge(report, stream, outlined):
         return f"{len(finals)} answers to {len(requests)} requests"
     if len(finals) > len(requests) and (finals[-1].status < 400 or not finals[-1].closes):
         return "what is no request was not refused with a close"
-    if len(finals) < len(requests) and not outlined.held and not (finals and finals[-1].closes):
+    if len(finals) < len(requests) and outlined.owed and not (finals and finals[-1].closes):
         return f"{len(finals)} answers to {len(requests)} requests, and no Connection: close"
     return next(filter(None, map(mismatch, finals, requests)), None)
 

@@ -877,6 +877,10 @@ PIPELINES = [
            source="RFC 9112 2.2"),
     bad("junk after a body", SUBMIT_HELLO + b"{}", 202, 400, source="RFC 9112 3"),
     bad("a bad request after a good one", GET + with_fields(b"X : y\r\n"), 200, 400),
+    bad("a bad request after a HEAD has a body", line(b"HEAD /health HTTP/1.1") + b"X Y\r\n\r\n", 200, 400,
+        methods=(b"HEAD", b"GET"), source="RFC 9112 6.3: by the method of its own request"),
+    bad("a 404 after a HEAD has a body", line(b"HEAD /health HTTP/1.1") + line(b"GET /nowhere HTTP/1.1")
+        + with_fields(b"X : y\r\n"), 200, 404, 400, methods=(b"HEAD", b"GET", b"GET")),
     bad("a good request after a bad one", GET + with_fields(b"X : y\r\n") + GET, 200, 400),
     last("nothing is answered after close", with_fields(b"Connection: close\r\n") + GET + GET),
 ]

@@ -403,32 +403,51 @@ int fdatasync(int fd) {
 int fsync(int fd) { return fdatasync(fd); }
 """
 
-# Each write to a journal stays in memory until the next one: what a buffered file object does.
-LATE_WRITE = r"""
+_JOURNAL_WRITES = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-static char *kept; static size_t kept_size; static int kept_fd = -1;
+static ssize_t (*real)(int, const void *, size_t);
 static int is_journal(int fd) {
     char link[64], path[4096];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t size = readlink(link, path, sizeof path - 1);
+    ssize_t size = fd > 2 ? readlink(link, path, sizeof path - 1) : -1;
     if (size < 0) return 0;
     path[size] = 0;
-    return strstr(path, "journal.jsonl") != 0 && strstr(path, ".new") == 0;
+    return strstr(path, "/journal.jsonl") != 0;
 }
+static ssize_t journal_write(int fd, const void *data, size_t size);
 ssize_t write(int fd, const void *data, size_t size) {
-    static ssize_t (*real)(int, const void *, size_t);
     if (!real) real = dlsym(RTLD_NEXT, "write");
-    if (fd < 3 || !is_journal(fd)) return real(fd, data, size);
+    return is_journal(fd) ? journal_write(fd, data, size) : real(fd, data, size);
+}
+"""
+
+# Each write to a journal stays in memory until the next one: what a buffered file object does.
+LATE_WRITE = (
+    _JOURNAL_WRITES
+    + r"""
+static ssize_t journal_write(int fd, const void *data, size_t size) {
+    static char *kept; static size_t kept_size; static int kept_fd = -1;
     if (kept_size && kept_fd == fd) real(fd, kept, kept_size);
     kept = realloc(kept, size); memcpy(kept, data, size); kept_size = size; kept_fd = fd;
     return size;
 }
 """
+)
+
+# The system may take less of a write than it was given, and the rest when it is asked again.
+WRITE_IN_PIECES = (
+    _JOURNAL_WRITES
+    + r"""
+static ssize_t journal_write(int fd, const void *data, size_t size) {
+    return real(fd, data, size > 1 ? size / 2 : size);
+}
+"""
+)
 
 # The wall clock, moved by as many seconds as the file named in WALL_CLOCK_OFFSET holds.
 WALL_CLOCK = r"""

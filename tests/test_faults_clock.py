@@ -84,7 +84,8 @@ def test_the_shim_moves_the_wall_clock(starts, wall_clock, jump):
 def test_leases_delays_ttls_and_waits_do_not_notice_a_jump(starts, wall_clock, jump):
     server = starts.start()
     began = time.monotonic()
-    held = [submit(server, "queue=held") for _ in range(2)]
+    for _ in range(2):
+        submit(server, "queue=held")
     long, short = (poll(server, f"queue=held&lease={lease}")[0] for lease in (60, 1))
     delayed = submit(server, "queue=delayed&delay=1")
     lasting, passing = (submit(server, f"queue=ttl-{ttl}&ttl={ttl}") for ttl in (60, 1))
@@ -100,7 +101,7 @@ def test_leases_delays_ttls_and_waits_do_not_notice_a_jump(starts, wall_clock, j
         for request in (
             ("long poll", "GET", "/api/worker/poll?queue=empty&wait=1"),
             ("client", "POST", "/api/submit?queue=w&wait=1", b"x"),
-            ("status", "GET", f"/api/jobs/{held[0]}?wait=1"),
+            ("status", "GET", f"/api/jobs/{lasting}?wait=1"),
         )
     ]
     for thread in waiting:

@@ -9,7 +9,18 @@ import threading
 import pytest
 
 from checker import Cut, History, Load, Wire, check, clear, new_payload
-from rigs import COMPACT, LONG, QuickStarts, grow, needs, needs_root, our_files, traced
+from rigs import (
+    COMPACT,
+    LONG,
+    WRITE_IN_PIECES,
+    QuickStarts,
+    build_shim,
+    grow,
+    needs,
+    needs_root,
+    our_files,
+    traced,
+)
 from support import DidNotStart, wait_until
 
 CYCLES = 100 if LONG else 10
@@ -42,9 +53,9 @@ class Client:
         thread.start()
         return thread, calls
 
-    def poll(self, query):
+    def poll(self, query, limit=32):
         """Return the jobs of one poll, leased for a minute."""
-        return self.load.poll(self.wire, f"max=32&{query}", lease=60)
+        return self.load.poll(self.wire, f"max={limit}&{query}", lease=60)
 
     def complete(self, job):
         """Hand in a result; return the call."""
@@ -124,7 +135,7 @@ def one_cycle(client, folder):
     """Fill the disk while a client waits and a worker works, then free it."""
     held, answer = client.hold()
     ids = {client.submit("&wait=0&queue=held").answer["job_id"] for _ in range(20)}
-    jobs = client.poll("queue=held&wait=5&max=2")
+    jobs = client.poll("queue=held&wait=5", limit=2)
     assert jobs
     with full(folder):
         wait_until(client.refused, what="a submit to be refused")
@@ -224,9 +235,9 @@ def test_a_short_write_is_cut_back_and_not_acknowledged(tmp_path, seed, room):
         "error=EFBIG",
         "error=EROFS",
         "error=EDQUOT",
-        "retval=5",
+        "retval=0",
         "error=ENOSPC:when=2+3",
-        "retval=1:when=3+4",
+        "error=ENOSPC:when=3+4",
     ],
 )
 def test_a_failed_write_is_not_acknowledged_and_service_resumes(tmp_path, seed, fault):
@@ -274,19 +285,20 @@ def test_a_failed_sync_stops_the_server_and_tells_those_who_wait(tmp_path, seed)
         server = starts.start()
         load = Load(History(), seed)
         client = Client(load, server)
-        held, held_answer = client.hold("&queue=held")
-        (job,) = client.poll("queue=held&wait=5")
-        held_too, held_too_answer = client.hold("&queue=held2")
-        wait_until(lambda: client.poll("queue=held2"), what="the second client's job")
+        held = [client.hold("") for _ in range(2)]
+        jobs = [job for _ in held for job in client.poll("wait=5&queue=default")]
         with traced(server, "fdatasync,fsync:error=EIO", paths=our_files(tmp_path / "data")):
             outcome_unknown(client.submit())
             server.wait()
-        held.join(10)
-        held_too.join(10)
-        assert outcome_unknown(held_answer[0]) == job["job_id"]
-        outcome_unknown(held_too_answer[0])
+        for thread, _ in held:
+            thread.join(10)
+        assert {outcome_unknown(calls[0]) for _, calls in held} == {job["job_id"] for job in jobs}
         stopped_by_the_disk(server)
-        all_there(starts, load)
+        server = starts.start()
+        for job in jobs:
+            assert Client(load, server).complete(job).status == 200, "a worker does not notice"
+        load.drain(server.port)
+        check(load.history, server.port)
 
 
 @needs("strace")
@@ -361,44 +373,71 @@ def test_a_disk_that_fails_during_the_start_is_reported_and_loses_nothing(tmp_pa
         all_there(starts, load)
 
 
-@needs("strace")
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "openat:error=ENOSPC",
-        "openat:error=EMFILE",
-        "write:error=ENOSPC",
-        "write:retval=5",
-        "write:error=EIO:when=2",
-        "fdatasync,fsync:error=EIO",
-        "?rename,renameat,renameat2:error=EIO",
-    ],
-)
-def test_a_compaction_that_fails_loses_nothing_and_is_tried_again(tmp_path, seed, fault):
-    data = tmp_path / "data"
-    with QuickStarts(tmp_path) as starts:
-        server = starts.start(*COMPACT)
-        load = Load(History(), seed)
-        wire, rng = Wire(server.port), random.Random(seed)
-        load.act("client_async", wire, rng)
-        with (
-            traced(server, fault, paths=[data, data / "journal.jsonl.new"]) as trace,
-            contextlib.suppress(Cut),
-        ):
-            for _ in range(100):
-                load.act("worker_fail_at_length", wire, rng, lease=60)
-                if "(INJECTED)" in trace.text():
-                    break
-            for _ in range(10):
-                load.act("worker_fail_at_length", wire, rng, lease=60)
-                load.act("client_async", wire, rng)
-            assert "(INJECTED)" in trace.text(), "never compacted"
-        with contextlib.suppress(Cut):
+COMPACTION_FAULTS = [
+    "openat:error=ENOSPC",
+    "openat:error=EMFILE",
+    "write:error=ENOSPC",
+    "write:retval=0",
+    "write:error=EIO:when=2",
+    "fdatasync,fsync:error=EIO",
+    "?rename,renameat,renameat2:error=EIO",
+]
+
+
+def fail_a_compaction(starts, load, data, fault):
+    """Write until a compaction meets the fault, and a little on; return the server, maybe ended."""
+    server = starts.start(*COMPACT)
+    wire, rng = Wire(server.port), random.Random(load.seed)
+    load.act("client_async", wire, rng)
+    with traced(server, fault, paths=[data, data / "journal.jsonl.new"]) as trace, contextlib.suppress(Cut):
+        for _ in range(100):
+            load.act("worker_fail_at_length", wire, rng, lease=60)
+            if "(INJECTED)" in trace.text():
+                break
+        for _ in range(10):
+            load.act("worker_fail_at_length", wire, rng, lease=60)
             load.act("client_async", wire, rng)
+        assert "(INJECTED)" in trace.text(), "never compacted"
+    return server
+
+
+@needs("strace")
+@pytest.mark.parametrize("fault", COMPACTION_FAULTS)
+def test_a_compaction_that_fails_loses_nothing(tmp_path, seed, fault):
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed)
+        server = fail_a_compaction(starts, load, tmp_path / "data", fault)
         if server.ended():
             stopped_by_the_disk(server)
-            server = starts.start(*COMPACT)
+        else:
+            check(load.history, server.port, drained=False)
+            server.kill()
+        all_there(starts, load)
+
+
+@needs("strace")
+@pytest.mark.long
+def test_a_compaction_that_failed_is_tried_again(tmp_path, seed):
+    data = tmp_path / "data"
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed)
+        server = fail_a_compaction(starts, load, data, "write:error=ENOSPC")
         grow(load, server.port, data)
-        check(load.history, server.port, drained=False)
-        server.kill()
+        load.drain(server.port)
+        check(load.history, server.port)
+
+
+@needs("gcc")
+def test_a_write_that_the_system_takes_in_pieces_is_whole_on_the_disk(tmp_path, seed):
+    shim = build_shim(tmp_path, "pieces", WRITE_IN_PIECES)
+    rng = random.Random(seed)
+    with QuickStarts(tmp_path, env={"LD_PRELOAD": str(shim)}) as starts:
+        load = Load(History(), seed)
+        for _ in range(5):
+            server = starts.start(*COMPACT)
+            load.start(server.port)
+            enough = len(load.history.calls) + rng.randint(30, 200)
+            wait_until(lambda enough=enough: len(load.history.calls) >= enough, what="the load to run")
+            server.kill()
+            load.stop()
         all_there(starts, load)
