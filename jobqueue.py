@@ -172,7 +172,9 @@ SETTINGS = (
     Setting("data_dir", _text, "data", "folder of the journal; made when it is not there"),
     Setting("fsync", _choice("always", "interval", "never"), "always", "when an answer waits for the disk"),
     Setting("fsync_interval", SECONDS, 0.05, "seconds between two syncs with --fsync interval"),
-    Setting("lease", _number(float, 1, 43200), 300, "seconds a worker has for a job unless it or the job says otherwise"),
+    Setting(
+        "lease", _number(float, 1, 43200), 300, "seconds a worker has for a job unless it or the job says otherwise"
+    ),
     Setting("attempts", _number(int, 1, 100), 3, "how often a job is tried unless it says otherwise"),
     Setting("drain", SECONDS, 30, "seconds a stop waits for the jobs in progress"),
     # 4 MiB less 64 KiB: a job with its headers fits the 4 MiB that a gRPC client takes by default.
@@ -181,7 +183,9 @@ SETTINGS = (
     Setting("max_request_line", COUNT, 8 * KIB, "bytes of an HTTP request line"),
     Setting("max_headers", COUNT, 32 * KIB, "bytes of the headers of a request"),
     Setting("max_connections", COUNT, 4096, "connections at the same time"),
-    Setting("max_held", COUNT, 3072, "clients held at the same time; keep it below --max-connections, workers need room"),
+    Setting(
+        "max_held", COUNT, 3072, "clients held at the same time; keep it below --max-connections, workers need room"
+    ),
     Setting("max_jobs", COUNT, 2_000_000, "unfinished jobs in all queues"),
     Setting("max_bytes", COUNT, 1024 * MIB, "bytes of all unfinished jobs"),
     Setting("header_timeout", SECONDS, 10, "seconds within which a request's headers must be there"),
@@ -191,7 +195,9 @@ SETTINGS = (
     Setting("keep_failed", SECONDS, 7 * DAY, "seconds a failed job is kept"),
     Setting("keep_jobs", _number(int, 0, 1 << 40), 10_000, "finished jobs that are kept"),
     Setting("keep_bytes", _number(int, 0, 1 << 50), 256 * MIB, "bytes of finished jobs that are kept"),
-    Setting("reserve", _number(int, 0, 1 << 40), MIB, "bytes of disk held back so that completions land on a full disk"),
+    Setting(
+        "reserve", _number(int, 0, 1 << 40), MIB, "bytes of disk held back so that completions land on a full disk"
+    ),
     Setting("compact_bytes", COUNT, 16 * MIB, "size from which the journal is compacted, when half of it is dead"),
     Setting("grpc_threads", _number(int, 4, 10_000), 128, "threads of the gRPC side; three of four may be long polls"),
     Setting("tokens", _text, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
@@ -365,6 +371,7 @@ class Job(NamedTuple):
     settled: str | None = None  # the verb by which that lease ended; None while in force, "lapse" when it ran out
     worker: str | None = None
     started: int | None = None
+    extended: int | None = None  # when the lease in force was extended last
     finished: int | None = None
     result: bytes | None = None
     result_kind: str | None = None
@@ -387,7 +394,8 @@ def state_after(job: Job, verb: str) -> str:
     """The state that `verb` leads to; raises JobQueueError when the job's state does not allow it."""
     state = TRANSITIONS.get((job.state, verb))
     if state is None:
-        code = "job_not_finished" if verb == "requeue" else "job_finished" if job.state in FINAL else "job_not_leased"
+        too_early = "job_not_finished" if verb == "requeue" else "job_not_leased"
+        code = "job_finished" if job.state in FINAL else too_early
         raise JobQueueError(code, f"job {job.id} is {job.state}: {verb} is not possible", job.id)
     return state
 
@@ -503,8 +511,9 @@ def _is_deep_json(text: str) -> bool:
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 if json.encoder.c_make_encoder:
     # What JSONEncoder.encode makes anew at each call, made once: two thirds of the time of a small object.
-    _encode = json.encoder.c_make_encoder(None, _encoder.default, json.encoder.encode_basestring, None, ":", ",",
-                                          False, False, True)
+    _encode = json.encoder.c_make_encoder(
+        None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, True
+    )
 
     def json_text(value: Any) -> str:
         """Compact JSON, in Unicode."""
@@ -546,7 +555,8 @@ def unpack(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def pack_job(job: Job) -> dict[str, Any]:
-    fields = {name: value for name, value in zip(Job._fields, job) if value != _DEFAULTS.get(name, _DEFAULTS)}
+    pairs = zip(Job._fields, job, strict=True)
+    fields = {name: value for name, value in pairs if value != _DEFAULTS.get(name, _DEFAULTS)}
     fields.pop("record", None)
     return pack(fields)
 
@@ -674,7 +684,27 @@ class Timers:
 class Histogram:
     """Counts of durations by upper bound, as Prometheus wants them."""
 
-    BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+    BOUNDS = (
+        0.0001,
+        0.00025,
+        0.0005,
+        0.001,
+        0.0025,
+        0.005,
+        0.01,
+        0.025,
+        0.05,
+        0.1,
+        0.25,
+        0.5,
+        1,
+        2.5,
+        5,
+        10,
+        30,
+        60,
+        300,
+    )
     __slots__ = ("counts", "sum")
 
     def __init__(self) -> None:
@@ -743,7 +773,9 @@ def _lock_file(path: str) -> int:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
     except OSError:
         os.close(fd)
-        raise DataError(f"{os.path.dirname(path)} is in use by another jobqueue; give each its own --data-dir") from None
+        raise DataError(
+            f"{os.path.dirname(path)} is in use by another jobqueue; give each its own --data-dir"
+        ) from None
     return fd
 
 
@@ -802,8 +834,10 @@ class JournalReader:
             raise self._damaged(0, "its first line is not a jobqueue header")
         self.version = header["version"]
         if self.version > Journal.VERSION:
-            raise DataError(f"{self.path} has format {self.version}; this is jobqueue {__version__}, which reads up to "
-                            f"format {Journal.VERSION}: a newer jobqueue is needed ({header.get('writer', '?')} wrote it)")
+            raise DataError(
+                f"{self.path} has format {self.version}; this is jobqueue {__version__}, which reads up to "
+                f"format {Journal.VERSION}: a newer jobqueue is needed ({header.get('writer', '?')} wrote it)"
+            )
         self.seq, self.synced, self.end = header["seq"], header["synced"], len(line)
 
     def _judge(self, file: io.BufferedReader, line: bytes, seq: int, end: int) -> None:
@@ -820,8 +854,10 @@ class JournalReader:
         self.torn = size
 
     def _damaged(self, offset: int, what: str) -> DataError:
-        return DataError(f"{self.path} is damaged at byte {offset}: {what}. Nothing was changed. Restore the file from a "
-                         f"backup, or look at it with 'jobqueue.py check --dump {os.path.dirname(self.path) or '.'}'")
+        return DataError(
+            f"{self.path} is damaged at byte {offset}: {what}. Nothing was changed. Restore the file from a "
+            f"backup, or look at it with 'jobqueue.py check --dump {os.path.dirname(self.path) or '.'}'"
+        )
 
 
 class Journal:
@@ -834,7 +870,9 @@ class Journal:
     VERSION = 1
     IDLE = 0.2  # seconds without work after which the watermark itself is written, so that a later flip is found
 
-    def __init__(self, folder: str, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: str, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder, self.path = folder, os.path.join(folder, "journal.jsonl")
         self._settings, self._clock, self._on_failure = settings, clock, failed
         self.durable = settings.fsync == "always"
@@ -892,8 +930,11 @@ class Journal:
             if reader.clean:
                 self._file, self.size = self._open(self.path), reader.end
             else:
-                log.warning("unclean_stop file=%s records=%d: no closing record; reading, rewriting, syncing",
-                            self.path, reader.seq)
+                log.warning(
+                    "unclean_stop file=%s records=%d: no closing record; reading, rewriting, syncing",
+                    self.path,
+                    reader.seq,
+                )
                 self._rewrite(*snapshot())
         self.append('{"op":"open"}')
         _sync_data(self._file)
@@ -1042,8 +1083,12 @@ class Journal:
         """A sync that failed may have dropped pages that a later sync would report as written: stop for good."""
         if self.failure is None:
             self.failure = error
-            log.critical("disk_failed file=%s error=%s: stopping. What was acknowledged is on the disk. Check the disk "
-                         "and its space, then start again: the journal is read, rewritten and synced first", self.path, error)
+            log.critical(
+                "disk_failed file=%s error=%s: stopping. What was acknowledged is on the disk. Check the disk "
+                "and its space, then start again: the journal is read, rewritten and synced first",
+                self.path,
+                error,
+            )
             with self._wake:
                 self._wake.notify()
             threading.Thread(target=self._on_failure, name="jobqueue-failed", daemon=True).start()
@@ -1061,11 +1106,17 @@ class Journal:
 
     def figures(self) -> dict[str, Any]:
         """For METRICS."""
-        return {"journal_bytes": self.size, "disk_full": int(self._reserve.spent), "commit_seconds": self._commits,
-                "fsync_seconds": self._syncs}
+        return {
+            "journal_bytes": self.size,
+            "disk_full": int(self._reserve.spent),
+            "commit_seconds": self._commits,
+            "fsync_seconds": self._syncs,
+        }
 
     def _unknown(self, job_id: str | None) -> JobQueueError:
-        return JobQueueError("outcome_unknown", f"the disk failed ({self.failure}); look the job up after a restart", job_id)
+        return JobQueueError(
+            "outcome_unknown", f"the disk failed ({self.failure}); look the job up after a restart", job_id
+        )
 
     # -- compaction: a thread of the caller's writes the new file, the committing thread switches to it
 
@@ -1125,7 +1176,9 @@ class _NewFile:
         self.size, self.offset = 0, 0
         self.done, self.error = threading.Event(), None
         last = journal.seq if seq is None else seq
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        self.file = os.open(
+            self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600
+        )
         try:
             self._write_snapshot(last - count, last, bodies)
         except OSError:
@@ -1218,7 +1271,7 @@ class _Reserve:
 
 
 class Claim(NamedTuple):
-    """What a worker asks for: up to `max` jobs of `queues`, in that order, waiting up to `wait` seconds for the first."""
+    """What a worker asks for: up to `max` jobs of `queues`, in that order; it waits `wait` seconds for the first."""
 
     queues: tuple[str, ...] = ("default",)
     max: int = 1
@@ -1228,7 +1281,7 @@ class Claim(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a worker's call: the job as it is now, whether it is a repetition, and the next job if asked for."""
+    """What became of a worker's call: the job as it is now, whether that is a repetition, and the next job."""
 
     job: Job
     duplicate: bool = False
@@ -1269,8 +1322,9 @@ class Engine(abc.ABC):
         """These leased jobs did not reach their worker: back in line, uncounted."""
 
     @abc.abstractmethod
-    def complete(self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None,
-                 claim: Claim | None) -> Future:
+    def complete(
+        self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None, claim: Claim | None
+    ) -> Future:
         """Future of an Outcome. With a `claim`, the next job comes with it."""
 
     @abc.abstractmethod
@@ -1353,7 +1407,7 @@ class _Waiter:
 
 
 class _Order:
-    """Job ids by number, for listings: two flat arrays, 16 bytes a job. What was forgotten is dropped when it is half."""
+    """Job ids by number, for listings: two flat arrays, 16 bytes a job. Forgotten jobs go when they are half of it."""
 
     def __init__(self) -> None:
         self.numbers, self.ids = array.array("q"), []
@@ -1433,10 +1487,21 @@ class LocalEngine(Engine):
         self._drained: Future | None = None
         self._closed = False
         self._compacting: threading.Thread | None = None
-        self._compact_again = 0.0
+        self._compact_again = 0.0  # not before
+        self._inflation = 1.0  # bytes in the journal for a byte of live data: text is escaped there, binary is base64
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
-        self._totals = dict.fromkeys(("jobs_submitted_total", "jobs_completed_total", "retries_total", "leases_lapsed_total",
-                                      "late_completions_total", "duplicate_completions_total", "compactions_total"), 0)
+        self._totals = dict.fromkeys(
+            (
+                "jobs_submitted_total",
+                "jobs_completed_total",
+                "retries_total",
+                "leases_lapsed_total",
+                "late_completions_total",
+                "duplicate_completions_total",
+                "compactions_total",
+            ),
+            0,
+        )
         self._waits = Histogram()  # from submit to the first hand-over
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
@@ -1467,8 +1532,10 @@ class LocalEngine(Engine):
                 try:
                     self._replay(record)
                 except (KeyError, TypeError, ValueError, JobQueueError) as error:
-                    raise DataError(f"{self.journal.path}: record {seq} does not follow from those before it: {error!r}. "
-                                    "Nothing was changed.") from None
+                    raise DataError(
+                        f"{self.journal.path}: record {seq} does not follow from those before it: {error!r}. "
+                        "Nothing was changed."
+                    ) from None
             self.journal.start(self._snapshot)
             self._rebuild()
         finally:
@@ -1588,8 +1655,9 @@ class LocalEngine(Engine):
                     self._change(job, "give_back", urgent=True, settled="give_back", deliveries=job.deliveries - 1)
 
     @_verb
-    def complete(self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None,
-                 claim: Claim | None) -> Future:
+    def complete(
+        self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None, claim: Claim | None
+    ) -> Future:
         outcome = self._complete(job_id, token, result, kind, content_type)
         seq = outcome.job.record
         if claim is None:
@@ -1615,7 +1683,7 @@ class LocalEngine(Engine):
         self._count_worker(job.worker, "failed")
         # A lease that ran out was counted as a failed attempt then; its late error is not a second one.
         failures = job.failures + (job.settled != "lapse")
-        changes = {"settled": "fail", "failures": failures, "error": error}
+        changes = {"settled": "fail", "failures": failures, "error": error, **_voided(job, token)}
         if retry and failures < job.attempts:
             self._totals["retries_total"] += 1
             delay = retry_delay(failures) if delay is None else delay
@@ -1631,7 +1699,7 @@ class LocalEngine(Engine):
         job = self._find(job_id)
         if not check_lease(job, token, "release"):
             return Outcome(job, duplicate=True)
-        return Outcome(self._change(job, "release", urgent=True, settled="release"))
+        return Outcome(self._change(job, "release", urgent=True, settled="release", **_voided(job, token)))
 
     @_verb
     def extend(self, job_id: str, token: str | None, lease: float | None) -> Outcome:
@@ -1641,8 +1709,8 @@ class LocalEngine(Engine):
         check_lease(job, token, "extend")
         # Extending a lease that has run out takes that back: it was no failed attempt.
         changes = {"failures": job.failures - 1} if job.settled == "lapse" else {}
-        seconds = lease or job.lease_seconds
-        return Outcome(self._change(job, "extend", urgent=True, settled=None, lease_seconds=seconds, **changes))
+        changes |= {"settled": None, "lease_seconds": lease or job.lease_seconds, "extended": self._wall()}
+        return Outcome(self._change(job, "extend", urgent=True, **changes))
 
     # -- administration
 
@@ -1668,6 +1736,8 @@ class LocalEngine(Engine):
         seq = self.journal.append(json_text({"op": "pause", "queue": queue, "paused": paused}), urgent=True)
         self._set_paused(queue, paused)
         self._due.extend(self._lanes.values())
+        for lane in list(self._lanes.values()):
+            self._drop_if_empty(lane)
         names: Any = "all" if self._all_paused else sorted(lane.name for lane in self._lanes.values() if lane.paused)
         return self._promise(names, seq)
 
@@ -1699,12 +1769,18 @@ class LocalEngine(Engine):
         for lane in self._lanes.values():
             oldest = self._oldest(lane)
             age = None if oldest is None else max(0.0, (wall - oldest.created) / 1e6)
-            queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused,
-                                 "oldest_pending_seconds": age}
+            queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused, "oldest_pending_seconds": age}
         waiting = {f"waiting_{who}": self._waiting_now(who) for who in self._waiting}
-        return {"total": len(self._jobs), **_as_counts(self._counts), "bytes": self._unfinished_bytes,
-                "finished_bytes": self._finished_bytes, **waiting, "paused": self._all_paused,
-                "draining": self._drained is not None, "queues": queues}
+        return {
+            "total": len(self._jobs),
+            **_as_counts(self._counts),
+            "bytes": self._unfinished_bytes,
+            "finished_bytes": self._finished_bytes,
+            **waiting,
+            "paused": self._all_paused,
+            "draining": self._drained is not None,
+            "queues": queues,
+        }
 
     @_verb
     def figures(self) -> dict[str, Any]:
@@ -1714,9 +1790,18 @@ class LocalEngine(Engine):
     def workers_seen(self) -> list[dict[str, Any]]:
         running = collections.Counter(self._jobs[job_id].worker for job_id in self._leases)
         waiting = collections.Counter(waiter.claim.worker for waiter in self._polls if not waiter.future.done())
-        return [{"worker": name, "queues": list(seen["queues"]), "last_seen": iso_time(seen["last_seen"]),
-                 "jobs_running": running[name], "completed": seen["completed"], "failed": seen["failed"],
-                 "waiting": waiting[name]} for name, seen in self._workers.items()]
+        return [
+            {
+                "worker": name,
+                "queues": list(seen["queues"]),
+                "last_seen": iso_time(seen["last_seen"]),
+                "jobs_running": running[name],
+                "completed": seen["completed"],
+                "failed": seen["failed"],
+                "waiting": waiting[name],
+            }
+            for name, seen in self._workers.items()
+        ]
 
     @_verb
     def drain(self) -> Future:
@@ -1772,8 +1857,10 @@ class LocalEngine(Engine):
         if unfinished + count > self._settings.max_jobs:
             raise JobQueueError("queue_full", f"{unfinished} jobs are waiting; at most {self._settings.max_jobs} may")
         if self._unfinished_bytes + size > self._settings.max_bytes:
-            raise JobQueueError("queue_full", f"the jobs hold {self._unfinished_bytes} bytes; at most "
-                                              f"{self._settings.max_bytes} may be held")
+            raise JobQueueError(
+                "queue_full",
+                f"the jobs hold {self._unfinished_bytes} bytes; at most {self._settings.max_bytes} may be held",
+            )
 
     def _new_job(self, fields: dict[str, Any]) -> tuple[Job, str]:
         """The job, and its record."""
@@ -1886,6 +1973,7 @@ class LocalEngine(Engine):
         self._totals["jobs_completed_total"] += 1
         self._count_worker(job.worker, "completed")
         changes = {"settled": "complete", "finished": self._wall(), "result": result, "result_kind": kind}
+        changes |= _voided(job, token)
         if content_type is not None:
             changes["content_type"] = content_type
         return Outcome(self._change(job, "complete", urgent=True, **changes))
@@ -1989,8 +2077,17 @@ class LocalEngine(Engine):
         wall = self._wall()
         if not job.deliveries:
             self._waits.observe((wall - job.created) / 1e6)
-        return self._change(job, "lease", urgent=True, settled=None, token=secrets.token_hex(8), lease_seconds=seconds,
-                            worker=claim.worker, deliveries=job.deliveries + 1, started=wall)
+        return self._change(
+            job,
+            "lease",
+            urgent=True,
+            settled=None,
+            token=secrets.token_hex(8),
+            lease_seconds=seconds,
+            worker=claim.worker,
+            deliveries=job.deliveries + 1,
+            started=wall,
+        )
 
     def _claim(self, claim: Claim, answer: Callable[[list[Job], JobQueueError | None], tuple[Any, int]]) -> Future:
         """A future of what `answer` makes of the jobs, or of the disk's refusal (and the record it has to wait for)."""
@@ -2097,10 +2194,9 @@ class LocalEngine(Engine):
                 self._drop_poll(waiter)
             return
         for job_id, watchers in list(self._watchers.items()):
-            for watcher in watchers:
-                if watcher.future.cancelled():
-                    self._holds.cancel(watcher)
-            watchers[:] = [watcher for watcher in watchers if not watcher.future.cancelled()]
+            for watcher in [watcher for watcher in watchers if watcher.future.cancelled()]:
+                self._holds.cancel(watcher)
+                watchers.remove(watcher)
             if not watchers:
                 del self._watchers[job_id]
 
@@ -2212,7 +2308,8 @@ class LocalEngine(Engine):
         size = self.journal.size
         if self._compacting or self._closed:
             return
-        if size < 2 * (self._unfinished_bytes + self._finished_bytes) or self._clock.monotonic() < self._compact_again:
+        alive = self._inflation * (self._unfinished_bytes + self._finished_bytes)
+        if size < 2 * alive or self._clock.monotonic() < self._compact_again:
             return
         count, bodies = self._snapshot()
         arguments = (count, self._until_closed(bodies), self.journal.seq, size)
@@ -2231,6 +2328,8 @@ class LocalEngine(Engine):
         try:
             self.journal.compact(*arguments)
             self._totals["compactions_total"] += 1
+            alive = self._unfinished_bytes + self._finished_bytes
+            self._inflation = max(1.0, self.journal.size / max(1, alive))
             log.info("compacted bytes_before=%d bytes_after=%d", before, self.journal.size)
         except OSError as error:
             if not self._closed:
@@ -2244,6 +2343,11 @@ def _new_id() -> str:
     """A random UUID (version 4, RFC 9562), in a third of the time of uuid.uuid4."""
     digits = f"{(int.from_bytes(os.urandom(16)) & ~(0xF000 << 64 | 0xC000 << 48)) | 0x4000 << 64 | 0x8000 << 48:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def _voided(job: Job, token: str | None) -> dict[str, Any]:
+    """Who ends a lease without its token ends it for its holder too, who must not take that for its own doing."""
+    return {"token": None} if token is None and job.token is not None else {}
 
 
 def _remaining(moment: int | None, span: float, wall: int) -> float:
@@ -2366,8 +2470,15 @@ class JobService:
             limit = self.settings.max_payload
             raise JobQueueError("payload_too_large", f"the {what} has {len(data)} bytes; at most {limit} are taken")
 
-    def submit(self, payload: bytes, headers: str, options: dict[str, Any], key: str | None, wait: float | None,
-               tied: bool = False) -> Future:
+    def submit(
+        self,
+        payload: bytes,
+        headers: str,
+        options: dict[str, Any],
+        key: str | None,
+        wait: float | None,
+        tied: bool = False,
+    ) -> Future:
         """Future of (Job, replayed). `options` as SUBMIT_PARAMETERS; an empty payload is the JSON value ""."""
         return self.engine.submit(self._fields(payload, headers, options, key), wait, tied)
 
@@ -2381,14 +2492,21 @@ class JobService:
         self.check_size(payload)
         get = options.get
         return {
-            "queue": get("queue", "default"), "priority": get("priority", 0), "payload": payload or b'""',
-            "kind": kind_of(payload) if payload else "json", "headers": headers,
-            "attempts": get("attempts") or self.settings.attempts, "lease": get("lease"), "ttl": get("ttl"),
-            "delay": get("delay") or None, "key": key,
+            "queue": get("queue", "default"),
+            "priority": get("priority", 0),
+            "payload": payload or b'""',
+            "kind": kind_of(payload) if payload else "json",
+            "headers": headers,
+            "attempts": get("attempts") or self.settings.attempts,
+            "lease": get("lease"),
+            "ttl": get("ttl"),
+            "delay": get("delay") or None,
+            "key": key,
         }
 
-    def complete(self, job_id: str, token: str | None, result: bytes, content_type: str | None = None,
-                 claim: Claim | None = None) -> Future:
+    def complete(
+        self, job_id: str, token: str | None, result: bytes, content_type: str | None = None, claim: Claim | None = None
+    ) -> Future:
         """Future of an Outcome; an empty result is {}."""
         self.check_size(result, "result")
         if content_type is not None and not _MEDIA_TYPE.fullmatch(content_type):
@@ -2444,11 +2562,13 @@ class Response(NamedTuple):
 
 class Later(NamedTuple):
     """An answer to come: `shape` makes the Response of the future's value. `lost` is called with the value when the
-    answer could not be written."""
+    answer could not be written. `long`: it may take until something happens, and an end of the stream means that the
+    caller has left; otherwise only the disk is waited for, and the answer is written all the same."""
 
     future: Future
     shape: Callable[[Any], Response]
     lost: Callable[[Any], None] | None = None
+    long: bool = False
 
 
 class Route(NamedTuple):
@@ -2474,8 +2594,13 @@ def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str],
 
 def error_response(error: JobQueueError, headers: tuple[tuple[str, str], ...] = (), close: bool = False) -> Response:
     """A problem of RFC 9457."""
-    problem = {"title": error.title, "status": error.status, "detail": error.detail, "code": error.code,
-               "error": error.detail}
+    problem = {
+        "title": error.title,
+        "status": error.status,
+        "detail": error.detail,
+        "code": error.code,
+        "error": error.detail,
+    }
     if error.job_id is not None:
         problem["job_id"] = error.job_id
     if error.code in RETRY_AFTER:
@@ -2495,21 +2620,37 @@ def payload_members(name: str, kind: str, data: bytes) -> str:
 def polled_job(job: Job) -> str:
     """A leased job as its worker gets it."""
     expires = f',"expires_at":"{iso_time(job.expires)}"' if job.expires is not None else ""
-    return (f'{{"job_id":"{job.id}",{payload_members("payload", job.kind, job.payload)},"headers":{job.headers},'
-            f'"queue":"{job.queue}","priority":{job.priority},"attempt":{job.failures + 1},'
-            f'"lease_token":"{job.token}","lease_seconds":{job.lease_seconds},'
-            f'"created_at":"{iso_time(job.created)}"{expires}}}')
+    return (
+        f'{{"job_id":"{job.id}",{payload_members("payload", job.kind, job.payload)},"headers":{job.headers},'
+        f'"queue":"{job.queue}","priority":{job.priority},"attempt":{job.failures + 1},'
+        f'"lease_token":"{job.token}","lease_seconds":{job.lease_seconds},'
+        f'"created_at":"{iso_time(job.created)}"{expires}}}'
+    )
 
 
-def job_view(job: Job, lease_ends: int | None = None) -> dict[str, Any]:
+def job_view(job: Job) -> dict[str, Any]:
     """A job as listings show it."""
-    view = {"job_id": job.id, "queue": job.queue, "status": job.state, "priority": job.priority,
-            "attempt": min(job.failures + 1, job.attempts), "attempts": job.attempts, "deliveries": job.deliveries}
-    times = {"created_at": job.created, "started_at": job.started, "finished_at": job.finished,
-             "available_at": job.available if job.state == "delayed" else None, "expires_at": job.expires}
-    view.update((name, iso_time(moment)) for name, moment in times.items() if moment is not None)
+    view = {
+        "job_id": job.id,
+        "queue": job.queue,
+        "status": job.state,
+        "priority": job.priority,
+        "attempt": min(job.failures + 1, job.attempts),
+        "attempts": job.attempts,
+        "deliveries": job.deliveries,
+    }
+    times = {
+        "created_at": job.created,
+        "started_at": job.started,
+        "finished_at": job.finished,
+        "available_at": job.available if job.state == "delayed" else None,
+        "expires_at": job.expires,
+    }
     if job.state == "processing":
         view["lease_seconds"] = job.lease_seconds
+        begin = max(job.started, job.extended or 0)  # an earlier lease may have been extended
+        times["lease_expires_at"] = begin + microseconds(job.lease_seconds)
+    view.update((name, iso_time(moment)) for name, moment in times.items() if moment is not None)
     view.update((name, value) for name, value in (("worker", job.worker), ("error", job.error)) if value)
     return view
 
@@ -2533,7 +2674,7 @@ class HttpApi:
             raise JobQueueError("invalid_parameter", f"Idempotency-Key must have 1 to 255 characters, got {len(key)}")
         tied = options.get("on_disconnect") == "cancel"
         future = self._service.submit(request.body, request.forwarded, options, key, wait, tied)
-        return Later(future, functools.partial(self._submitted, applied))
+        return Later(future, functools.partial(self._submitted, applied), long=wait != 0)
 
     @staticmethod
     def _waiting_time(request: Request) -> tuple[float | None, str | None]:
@@ -2553,18 +2694,24 @@ class HttpApi:
         if applied:
             headers += (("Preference-Applied", applied),)
         if job.state not in FINAL:
-            return json_response({"job_id": job.id, "status": job.state}, 202, (*headers, ("Location", f"/api/jobs/{job.id}")))
+            return json_response(
+                {"job_id": job.id, "status": job.state}, 202, (*headers, ("Location", f"/api/jobs/{job.id}"))
+            )
         error = final_error(job)
         if error:
             return error_response(error, headers)
-        body = (f'{{"job_id":"{job.id}",{payload_members("payload", job.result_kind, job.result)},'
-                f'"created_at":"{iso_time(job.created)}","completed_at":"{iso_time(job.finished)}"}}')
+        body = (
+            f'{{"job_id":"{job.id}",{payload_members("payload", job.result_kind, job.result)},'
+            f'"created_at":"{iso_time(job.created)}","completed_at":"{iso_time(job.finished)}"}}'
+        )
         return Response(200, body.encode(), headers=headers)
 
     def submit_many(self, request: Request) -> Later:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("application/x-ndjson", "application/ndjson", "application/jsonl"):
-            raise JobQueueError("unsupported_media_type", f"Content-Type must be application/x-ndjson, got {kind or 'none'}")
+            raise JobQueueError(
+                "unsupported_media_type", f"Content-Type must be application/x-ndjson, got {kind or 'none'}"
+            )
         payloads = [line for line in (line.rstrip(b"\r") for line in request.body.split(b"\n")) if line]
         future = self._service.submit_many(payloads, request.forwarded, request.parameters)
         return Later(future, lambda ids: json_response({"job_ids": ids}, 202))
@@ -2573,17 +2720,22 @@ class HttpApi:
         wait = request.parameters.get("wait", 0.0)
         if request.crowded and wait:
             raise JobQueueError("too_many_clients", "too many clients are waiting; try again without wait")
-        return Later(self._engine.view(request.job_id, wait), self._viewed)
+        return Later(self._engine.view(request.job_id, wait), self._viewed, long=wait > 0)
 
     @staticmethod
     def _viewed(job: Job) -> Response:
-        parts = [json_text(job_view(job))[1:-1], payload_members("payload", job.kind, job.payload), f'"headers":{job.headers}']
+        parts = [
+            json_text(job_view(job))[1:-1],
+            payload_members("payload", job.kind, job.payload),
+            f'"headers":{job.headers}',
+        ]
         if job.result is not None:
             parts.append(payload_members("result", job.result_kind, job.result))
         return Response(200, f"{{{','.join(parts)}}}".encode())
 
     def result(self, request: Request) -> Later:
-        return Later(self._engine.view(request.job_id, request.parameters.get("wait", 0.0)), self._result)
+        wait = request.parameters.get("wait", 0.0)
+        return Later(self._engine.view(request.job_id, wait), self._result, long=wait > 0)
 
     @staticmethod
     def _result(job: Job) -> Response:
@@ -2610,11 +2762,13 @@ class HttpApi:
 
     def _claim(self, request: Request) -> Claim:
         get = request.parameters.get
-        return Claim(get("queue", ("default",)), get("max", 1), get("lease"), get("wait", 0.0), get("worker") or request.peer)
+        return Claim(
+            get("queue", ("default",)), get("max", 1), get("lease"), get("wait", 0.0), get("worker") or request.peer
+        )
 
     def poll(self, request: Request) -> Later:
         shape = self._polled_many if "max" in request.parameters else self._polled
-        return Later(self._engine.poll(self._claim(request)), shape, self._engine.give_back)
+        return Later(self._engine.poll(self._claim(request)), shape, self._engine.give_back, True)
 
     @staticmethod
     def _polled(jobs: list[Job]) -> Response:
@@ -2629,7 +2783,8 @@ class HttpApi:
         claim = self._claim(request) if get("next") else None
         content_type = request.headers.get("content-type")
         future = self._service.complete(request.job_id, get("lease_token"), request.body, content_type, claim)
-        return Later(future, functools.partial(self._completed, claim is not None), self._lose_next if claim else None)
+        lost = self._lose_next if claim else None
+        return Later(future, functools.partial(self._completed, claim is not None), lost, claim is not None)
 
     @staticmethod
     def _completed(wants_next: bool, outcome: Outcome) -> Response:
@@ -2650,12 +2805,16 @@ class HttpApi:
     @staticmethod
     def _one_result(members: dict[str, str]) -> tuple[str, str | None, bytes]:
         unknown = members.keys() - {"job_id", "lease_token", "payload", "payload_encoding"}
-        strings = {name: json.loads(members[name]) for name in ("job_id", "lease_token", "payload_encoding") if name in members}
+        strings = {
+            name: json.loads(members[name]) for name in ("job_id", "lease_token", "payload_encoding") if name in members
+        }
         wrong = [name for name, value in strings.items() if not isinstance(value, str | None)]
         if unknown or wrong or not strings.get("job_id"):
             named = ", ".join(sorted(unknown) + wrong) or "job_id"
-            raise JobQueueError("invalid_request", f"a result is an object of job_id, lease_token, payload and "
-                                                   f"payload_encoding; wrong: {named}")
+            raise JobQueueError(
+                "invalid_request",
+                f"a result is an object of job_id, lease_token, payload and payload_encoding; wrong: {named}",
+            )
         data = members.get("payload", "").encode()
         if strings.get("payload_encoding") is not None:
             data = _from_base64(strings["payload_encoding"], data)
@@ -2680,8 +2839,11 @@ class HttpApi:
     @staticmethod
     def _failed(outcome: Outcome) -> Response:
         job = outcome.job
-        answer = {"message": "Job failed" if job.state == "failed" else "Job will be tried again", "job_id": job.id,
-                  "status": job.state}
+        answer = {
+            "message": "Job failed" if job.state == "failed" else "Job will be tried again",
+            "job_id": job.id,
+            "status": job.state,
+        }
         if job.state == "delayed":
             answer["retry_in"] = round(job.delay, 3)
         if outcome.duplicate:
@@ -2697,8 +2859,14 @@ class HttpApi:
         get = request.parameters.get
         job = self._engine.extend(request.job_id, get("lease_token"), get("lease")).job
         cancelled = job.state == "cancelled"
-        return json_response({"job_id": job.id, "lease_seconds": 0 if cancelled else job.lease_seconds,
-                              "cancelled": cancelled, "status": job.state})
+        return json_response(
+            {
+                "job_id": job.id,
+                "lease_seconds": 0 if cancelled else job.lease_seconds,
+                "cancelled": cancelled,
+                "status": job.state,
+            }
+        )
 
     # -- administration
 
@@ -2706,8 +2874,10 @@ class HttpApi:
         return json_response(self._service.stats())
 
     def clear(self, request: Request) -> Later:
-        return Later(self._engine.clear(), lambda count: json_response({"message": "Queue cleared successfully",
-                                                                        "cleared": count}))
+        return Later(
+            self._engine.clear(),
+            lambda count: json_response({"message": "Queue cleared successfully", "cleared": count}),
+        )
 
     def peek(self, request: Request) -> Response:
         job = self._engine.peek(request.parameters.get("queue", ("default",)))
@@ -2798,42 +2968,92 @@ def batch_members(body: bytes) -> list[dict[str, str]]:
             at = _BLANK.match(outer["results"], at).end()
         return rows
     except (ValueError, TypeError, RecursionError) as error:
-        raise JobQueueError("invalid_request", f'the body must be {{"results": [{{"job_id": ..., "lease_token": ..., '
-                                               f'"payload": ...}}, ...]}}: {error}') from None
+        raise JobQueueError(
+            "invalid_request",
+            f'the body must be {{"results": [{{"job_id": ..., "lease_token": ..., "payload": ...}}, ...]}}: {error}',
+        ) from None
 
 
 _STATUS = {"status": (_choice(*STATES), "one of " + ", ".join(STATES))}
 _WAIT_PARAMETER = {"wait": (_WAIT, "seconds to wait for the end")}
-_LISTING = {**QUEUE_PARAMETER, **_STATUS, "limit": (_number(int, 1, 1000), "jobs at most; default 100"),
-            "after": (_number(int, 0, 1 << 62), "the cursor `next` of the page before")}
+_LISTING = {
+    **QUEUE_PARAMETER,
+    **_STATUS,
+    "limit": (_number(int, 1, 1000), "jobs at most; default 100"),
+    "after": (_number(int, 0, 1 << 62), "the cursor `next` of the page before"),
+}
 _MANY = {name: row for name, row in SUBMIT_PARAMETERS.items() if name not in ("wait", "on_disconnect")}
 _COMPLETE = {**TOKEN_PARAMETER, **CLAIM_PARAMETERS, "next": (_true, "true: the answer brings the next job along")}
-_FAIL = {**TOKEN_PARAMETER, "retry": (_true, "false: it has failed for good"), "delay": (_DELAY, "seconds until the next try")}
+_FAIL = {
+    **TOKEN_PARAMETER,
+    "retry": (_true, "false: it has failed for good"),
+    "delay": (_DELAY, "seconds until the next try"),
+}
 _EXTEND = {**TOKEN_PARAMETER, "lease": (_LEASE, "seconds from now")}
 _REQUEUE = {**QUEUE_PARAMETER, "status": (_choice("failed", "expired", "cancelled"), "which jobs; default failed")}
 
 ROUTES = (
-    Route("POST", "/api/submit", "submit", "client", "Submit a job and wait for its result", SUBMIT_PARAMETERS, "payload"),
-    Route("POST", "/api/jobs", "submit_many", "client", "Submit a payload a line (ndjson), all or none", _MANY, "batch", True),
+    Route(
+        "POST", "/api/submit", "submit", "client", "Submit a job and wait for its result", SUBMIT_PARAMETERS, "payload"
+    ),
+    Route(
+        "POST",
+        "/api/jobs",
+        "submit_many",
+        "client",
+        "Submit a payload a line (ndjson), all or none",
+        _MANY,
+        "batch",
+        True,
+    ),
     Route("GET", "/api/jobs", "jobs", "client", "List jobs, newest first", _LISTING, slow=True),
     Route("GET", "/api/jobs/{job_id}", "view", "client", "Look at a job, or wait for its end", _WAIT_PARAMETER),
     Route("DELETE", "/api/jobs/{job_id}", "cancel", "client", "Cancel a job"),
     Route("GET", "/api/jobs/{job_id}/result", "result", "client", "The result's own bytes", _WAIT_PARAMETER),
-    Route("GET", "/api/worker/poll", "poll", "worker", "Take a job",
-          {**CLAIM_PARAMETERS, "max": (_number(int, 1, 1000), "take up to so many; the answer is a list then")}),
+    Route(
+        "GET",
+        "/api/worker/poll",
+        "poll",
+        "worker",
+        "Take a job",
+        {**CLAIM_PARAMETERS, "max": (_number(int, 1, 1000), "take up to so many; the answer is a list then")},
+    ),
     Route("POST", "/api/worker/complete", "complete_many", "worker", "Hand in many results", {}, "batch"),
     Route("POST", "/api/worker/complete/{job_id}", "complete", "worker", "Hand in a result", _COMPLETE, "payload"),
     Route("POST", "/api/worker/fail/{job_id}", "fail", "worker", "Say that an attempt failed", _FAIL, "payload"),
-    Route("POST", "/api/worker/release/{job_id}", "release", "worker", "Give a job back, uncounted", TOKEN_PARAMETER, "payload"),
+    Route(
+        "POST",
+        "/api/worker/release/{job_id}",
+        "release",
+        "worker",
+        "Give a job back, uncounted",
+        TOKEN_PARAMETER,
+        "payload",
+    ),
     Route("POST", "/api/worker/extend/{job_id}", "extend", "worker", "Keep a job for longer", _EXTEND, "payload"),
     Route("GET", "/api/admin/stats", "stats", "admin", "Counts by state and queue", slow=True),
     Route("DELETE", "/api/admin/clear", "clear", "admin", "Forget all jobs", slow=True),
-    Route("GET", "/api/admin/next", "peek", "admin", "The job that is handed out next",
-          {"queue": (_queues, "queues, comma-separated, in order; default: default")}),
+    Route(
+        "GET",
+        "/api/admin/next",
+        "peek",
+        "admin",
+        "The job that is handed out next",
+        {"queue": (_queues, "queues, comma-separated, in order; default: default")},
+    ),
     Route("POST", "/api/admin/pause", "pause", "admin", "Hand nothing out", QUEUE_PARAMETER, "payload"),
     Route("POST", "/api/admin/resume", "resume", "admin", "Hand out again", QUEUE_PARAMETER, "payload"),
     Route("POST", "/api/admin/requeue/{job_id}", "requeue", "admin", "Put a job back in line", {}, "payload"),
-    Route("POST", "/api/admin/requeue", "requeue_all", "admin", "Put all failed jobs back in line", _REQUEUE, "payload", True),
+    Route(
+        "POST",
+        "/api/admin/requeue",
+        "requeue_all",
+        "admin",
+        "Put all failed jobs back in line",
+        _REQUEUE,
+        "payload",
+        True,
+    ),
     Route("GET", "/api/admin/workers", "workers", "admin", "Workers seen", slow=True),
     Route("GET", "/metrics", "metrics", "admin", "Figures for Prometheus", slow=True),
     Route("GET", "/health", "health", None, "Is it alive?"),
@@ -2862,7 +3082,9 @@ class Router:
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None or (method == "HEAD" and route.handler == "poll"):
             error = JobQueueError("method_not_allowed", f"{path[:200]} does not take {method[:20]}")
-            error.allow = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods and methods["GET"].handler != "poll" else [])}))
+            error.allow = ", ".join(
+                sorted({*methods, *(["HEAD"] if "GET" in methods and methods["GET"].handler != "poll" else [])})
+            )
             raise error
         return route, job_id
 
@@ -2890,7 +3112,9 @@ def parse_query(query: str, known: dict[str, tuple[Callable, str]]) -> dict[str,
         if "%" in pair or "+" in pair:
             name, text = urllib.parse.unquote_plus(name), urllib.parse.unquote_plus(text)
         if name not in known:
-            raise JobQueueError("invalid_parameter", f"unknown parameter {name[:100]!r}; this takes {', '.join(known) or 'none'}")
+            raise JobQueueError(
+                "invalid_parameter", f"unknown parameter {name[:100]!r}; this takes {', '.join(known) or 'none'}"
+            )
         if name in values:
             raise JobQueueError("invalid_parameter", f"{name} is given twice")
         try:
@@ -2924,7 +3148,10 @@ METRICS = {
     "jobqueue_job_wait_seconds": ("histogram", "Time from submit to the first hand-over"),
     "jobqueue_commit_seconds": ("histogram", "Time the first answer of a group waited for the disk"),
     "jobqueue_fsync_seconds": ("histogram", "Time of a sync of the journal"),
-    "jobqueue_http_request_duration_seconds": ("histogram", "HTTP requests by method, route and status, held ones included"),
+    "jobqueue_http_request_duration_seconds": (
+        "histogram",
+        "HTTP requests by method, route and status, held ones included",
+    ),
     "jobqueue_grpc_request_duration_seconds": ("histogram", "gRPC calls by method and code, held ones included"),
 }
 
@@ -2937,7 +3164,9 @@ def metrics_text(figures: dict[str, list[tuple[dict[str, Any], Any]]]) -> str:
         if rows:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         for labels, value in rows:
-            lines += _histogram_lines(name, labels, value) if kind == "histogram" else [f"{name}{_labels(labels)} {value}"]
+            lines += (
+                _histogram_lines(name, labels, value) if kind == "histogram" else [f"{name}{_labels(labels)} {value}"]
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -2963,7 +3192,9 @@ def queue_figures(stats: dict[str, Any], figures: dict[str, Any]) -> dict[str, l
         "jobqueue_info": [({"version": __version__}, 1)],
         "jobqueue_uptime_seconds": [({}, stats["uptime_seconds"])],
         "jobqueue_jobs": [({"queue": queue, "state": state}, row[state]) for queue, row in queues for state in states],
-        "jobqueue_oldest_pending_seconds": [({"queue": queue}, row["oldest_pending_seconds"] or 0) for queue, row in queues],
+        "jobqueue_oldest_pending_seconds": [
+            ({"queue": queue}, row["oldest_pending_seconds"] or 0) for queue, row in queues
+        ],
         "jobqueue_queue_paused": [({"queue": queue}, int(row["paused"] or stats["paused"])) for queue, row in queues],
         "jobqueue_held_clients": [({}, stats["waiting_clients"])],
         "jobqueue_waiting_workers": [({}, stats["waiting_workers"])],
@@ -2976,9 +3207,14 @@ def queue_figures(stats: dict[str, Any], figures: dict[str, Any]) -> dict[str, l
 _PROBLEM = {
     "type": "object",
     "required": ["title", "status", "detail", "code", "error"],
-    "properties": {"title": {"type": "string"}, "status": {"type": "integer"}, "detail": {"type": "string"},
-                   "code": {"type": "string", "enum": sorted(ERRORS)}, "error": {"type": "string"},
-                   "job_id": {"type": "string"}},
+    "properties": {
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "code": {"type": "string", "enum": sorted(ERRORS)},
+        "error": {"type": "string"},
+        "job_id": {"type": "string"},
+    },
 }
 # What a route answers beside 200 with JSON; what is not here is a problem (RFC 9457).
 _ANSWERS = {
@@ -3000,8 +3236,10 @@ def openapi(routes: Iterable[Route]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "jobqueue", "version": __version__, "description": "A synchronous job queue."},
         "paths": paths,
-        "components": {"schemas": {"Problem": _PROBLEM},
-                       "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": {"Problem": _PROBLEM},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -3012,16 +3250,22 @@ def _operation(route: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.handler,
         "summary": route.summary,
-        "parameters": [{"name": name, "in": "query", "description": text, "schema": getattr(parse, "schema", {"type": "string"})}
-                       for name, (parse, text) in route.parameters.items()],
+        "parameters": [
+            {"name": name, "in": "query", "description": text, "schema": getattr(parse, "schema", {"type": "string"})}
+            for name, (parse, text) in route.parameters.items()
+        ],
         "responses": {
-            **{status: {"description": text, **({} if status == "204" else {"content": {kind: {}}})}
-               for status, text in answers.items()},
+            **{
+                status: {"description": text, **({} if status == "204" else {"content": {kind: {}}})}
+                for status, text in answers.items()
+            },
             "default": {"description": "What went wrong", "content": problem},
         },
     }
     if "{job_id}" in route.path:
-        operation["parameters"].insert(0, {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}})
+        operation["parameters"].insert(
+            0, {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        )
     if route.method == "POST" and route.body:
         operation["requestBody"] = {"content": {_BODY_TYPES.get(route.handler, "*/*"): {}}}
     if route.scope:
@@ -3037,11 +3281,17 @@ def _page_headers(page: str) -> tuple[tuple[str, str], ...]:
         text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
-    policy = (f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src data:; "
-              "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-              "require-trusted-types-for 'script'; trusted-types 'none'")
-    return (("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"))
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return (
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-cache"),
+    )
 
 
 DASHBOARD = r"""<!doctype html>
@@ -3850,17 +4100,33 @@ openJob(location.hash.slice(1));
 # Sockets are touched by the serving thread alone; who has an answer in another thread posts it, with one wake-up for
 # all that are posted together. Over TLS nothing else would be possible: two threads may not share a session.
 
-# RFC 9110, 5.6.2 (token) and 5.5 (field values: visible, space, tab, obs-text); RFC 9112, 5 (no space before the colon).
+# RFC 9110, 5.6.2 (token) and 5.5 (field values: visible, space, tab, obs-text); RFC 9112, 5 (no space before a colon).
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
+_FIELD = re.compile(
+    rb"(" + _TOKEN + rb"):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n"
+)
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t\x21-\x7e\x80-\xff]*)?\r\n")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 
 # Never stored, logged or forwarded: credentials, and what concerns one connection only (RFC 9110, 7.6.1).
-_PRIVATE = frozenset(("authorization", "proxy-authorization", "cookie", "connection", "keep-alive", "proxy-authenticate",
-                      "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"))
+_PRIVATE = frozenset(
+    (
+        "authorization",
+        "proxy-authorization",
+        "cookie",
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "expect",
+    )
+)
 
 _REASONS = {status: http.client.responses.get(status, "Unknown") for status in range(100, 600)}
 
@@ -3879,8 +4145,13 @@ class Head:
         self.fields = self._parse(block)
         get = self.fields.get
         self.tokens = frozenset(word.strip().lower() for word in get("connection", "").split(","))
-        self.forwarded = json_text({_canonical(name): value for name, value in self.fields.items()
-                                    if name not in _PRIVATE and name not in self.tokens})
+        self.forwarded = json_text(
+            {
+                _canonical(name): value
+                for name, value in self.fields.items()
+                if name not in _PRIVATE and name not in self.tokens
+            }
+        )
         self.length, self.chunked = self._framing()
         self.expect = get("expect", "").lower()
         self.host = get("host")
@@ -4004,8 +4275,26 @@ _HANDSHAKE, _READING, _HELD, _LINGERING, _CLOSED = range(5)
 class Connection:
     """One client's socket: what came in, what is to go out, and the answer it waits for. Serving thread only."""
 
-    __slots__ = ("_server", "_sock", "peer", "state", "_buffer", "_out", "_request", "_body", "_keep", "_later", "deadline",
-                 "_events", "_version", "_refusal", "_started", "_lingered", "_is_head", "_advancing")
+    __slots__ = (
+        "_server",
+        "_sock",
+        "peer",
+        "state",
+        "_buffer",
+        "_out",
+        "_request",
+        "_body",
+        "_keep",
+        "_later",
+        "deadline",
+        "_events",
+        "_version",
+        "_refusal",
+        "_started",
+        "_lingered",
+        "_is_head",
+        "_advancing",
+    )
 
     def __init__(self, sock: socket.socket, address: Any, server: HTTPServer) -> None:
         self._server, self._sock = server, sock
@@ -4070,7 +4359,7 @@ class Connection:
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             if not data:
-                self.close()
+                self._hung_up()
                 return
             if self.state == _LINGERING:
                 self._discard(len(data))
@@ -4083,6 +4372,14 @@ class Connection:
                     return
             if not self._server.tls or not self._sock.pending():
                 return
+
+    def _hung_up(self) -> None:
+        """The end of the stream: nothing more will be asked, and whoever waits for long has left."""
+        if self.state == _HELD and not (self._later and self._later.long):
+            self._keep = False
+            self._listen(self._events & ~selectors.EVENT_READ)
+        else:
+            self.close()
 
     def _discard(self, size: int) -> None:
         self._lingered += size
@@ -4119,7 +4416,9 @@ class Connection:
 
     def _read_head(self) -> bool:
         buffer = self._buffer
-        if buffer[:2] == b"\r\n" and self._request is None:  # one empty line before a request is forgiven (RFC 9112, 2.2)
+        if (
+            buffer[:2] == b"\r\n" and self._request is None
+        ):  # one empty line before a request is forgiven (RFC 9112, 2.2)
             del buffer[:2]
         end = buffer.find(b"\r\n\r\n")
         settings = self._server.settings
@@ -4131,7 +4430,9 @@ class Connection:
         del buffer[: end + 4]
         line, _, fields = block.partition(b"\r\n")
         if len(line) > settings.max_request_line:
-            raise JobQueueError("uri_too_long", f"the request line has {len(line)} bytes; at most {settings.max_request_line}")
+            raise JobQueueError(
+                "uri_too_long", f"the request line has {len(line)} bytes; at most {settings.max_request_line}"
+            )
         self._started, self._is_head = self._server.now, False
         self._begin(line, fields)
         return True
@@ -4164,7 +4465,9 @@ class Connection:
             raise _bad_http("the request line must be METHOD SP TARGET SP HTTP/1.1 (RFC 9112, section 3)")
         method, target = match[1].decode(), match[2].decode("latin-1")
         if match[3] != b"1" or match[4] not in b"01":
-            raise JobQueueError("http_version", f"HTTP/{match[3].decode()}.{match[4].decode()} is not spoken here; use HTTP/1.1")
+            raise JobQueueError(
+                "http_version", f"HTTP/{match[3].decode()}.{match[4].decode()} is not spoken here; use HTTP/1.1"
+            )
         self._version = int(match[4])
         self._is_head = method == "HEAD"
         head = self._server.head_of(fields)
@@ -4285,7 +4588,7 @@ class Connection:
             return
         self._server.hold(self._request.route, -1)
         self.state = _READING
-        if later.lost and self._peer_left():
+        if later.long and later.lost and self._peer_left():
             self._lose(later, value)
             self.close()
             return
@@ -4461,8 +4764,15 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], api: HttpApi, service: JobService, settings: Settings, clock: Clock,
-                 routes: Iterable[Route] = ROUTES) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        api: HttpApi,
+        service: JobService,
+        settings: Settings,
+        clock: Clock,
+        routes: Iterable[Route] = ROUTES,
+    ) -> None:
         self.settings, self._clock, self._access = settings, clock, service.access
         self._handlers = {route.handler: getattr(api, route.handler) for route in routes}
         self.tls = tls_context(settings)
@@ -4595,7 +4905,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         host = "localhost" if head.host is None else head.host.lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
         if not (name == "localhost" or name in self.settings.allow_host or _is_address(name.strip("[]"))):
-            raise JobQueueError("host_refused", f"Host {name[:100]!r} is not allowed; start with --allow-host {name[:100]}")
+            raise JobQueueError(
+                "host_refused", f"Host {name[:100]!r} is not allowed; start with --allow-host {name[:100]}"
+            )
         site, origin = head.fields.get("sec-fetch-site"), head.fields.get("origin")
         head.trusted = site is None and origin is None
         if head.trusted or route.scope is None:
@@ -4637,8 +4949,14 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             self._date = (second, email.utils.formatdate(second, usegmt=True))
         return self._date[1]
 
-    def count(self, request: Request | None, refusal: JobQueueError | None, status: int, started: float,
-              connection: Connection) -> None:
+    def count(
+        self,
+        request: Request | None,
+        refusal: JobQueueError | None,
+        status: int,
+        started: float,
+        connection: Connection,
+    ) -> None:
         """For /metrics and the access log."""
         route = request.route if request else getattr(refusal, "route", None)
         key = (route.method, route.path, status) if route else ("-", "-", status)
@@ -4648,7 +4966,14 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         seconds = self._clock.monotonic() - started if started else 0.0
         seen.observe(seconds)
         if self.settings.access_log:
-            log.info("request peer=%s method=%s path=%s status=%d seconds=%.6f", connection.peer, key[0], key[1], status, seconds)
+            log.info(
+                "request peer=%s method=%s path=%s status=%d seconds=%.6f",
+                connection.peer,
+                key[0],
+                key[1],
+                status,
+                seconds,
+            )
 
     # -- the end
 
@@ -4747,8 +5072,9 @@ class WorkerServicer:
     def CompleteJob(self, request: Any, context: Any) -> Any:
         """POST /api/worker/complete/<id>"""
         claim = self._claim(request.next_request, context)._replace(max=1) if request.next else None
-        future = self._service.complete(request.job_id, request.lease_token or None, _sent(request),
-                                        request.content_type or None, claim)
+        future = self._service.complete(
+            request.job_id, request.lease_token or None, _sent(request), request.content_type or None, claim
+        )
         outcome = self._wait(future, context, claim.wait if claim else 0.0)
         answer = self._messages.CompleteResponse(success=True, duplicate=outcome.duplicate)
         if outcome.next:
@@ -4789,23 +5115,29 @@ class WorkerServicer:
     def FailJob(self, request: Any, context: Any) -> Any:
         """POST /api/worker/fail/<id>"""
         retry = request.retry if request.HasField("retry") else None
-        delay = self._checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
+        delay = (
+            self._checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
+        )
         outcome = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay).result()
         retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
-        return self._messages.FailResponse(status=outcome.job.state, retry_in_seconds=retry_in, duplicate=outcome.duplicate)
+        return self._messages.FailResponse(
+            status=outcome.job.state, retry_in_seconds=retry_in, duplicate=outcome.duplicate
+        )
 
     def ReleaseJob(self, request: Any, context: Any) -> Any:
         """POST /api/worker/release/<id>"""
         return self._messages.ReleaseResponse(
-            duplicate=self._engine.release(request.job_id, request.lease_token or None).duplicate)
+            duplicate=self._engine.release(request.job_id, request.lease_token or None).duplicate
+        )
 
     def ExtendLease(self, request: Any, context: Any) -> Any:
         """POST /api/worker/extend/<id>"""
         lease = self._checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
         job = self._engine.extend(request.job_id, request.lease_token or None, lease).job
         cancelled = job.state == "cancelled"
-        return self._messages.ExtendResponse(lease_seconds=0 if cancelled else job.lease_seconds, cancelled=cancelled,
-                                             status=job.state)
+        return self._messages.ExtendResponse(
+            lease_seconds=0 if cancelled else job.lease_seconds, cancelled=cancelled, status=job.state
+        )
 
     # -- in between
 
@@ -4837,7 +5169,9 @@ class WorkerServicer:
         if not future.done() and wait:
             if not self._parking.acquire(blocking=False):
                 future.cancel()
-                raise JobQueueError("too_many_clients", "too many long polls over gRPC; poll without wait, or raise --grpc-threads")
+                raise JobQueueError(
+                    "too_many_clients", "too many long polls over gRPC; poll without wait, or raise --grpc-threads"
+                )
             future.add_done_callback(lambda _: self._parking.release())
             if not context.add_callback(future.cancel):
                 future.cancel()
@@ -4846,9 +5180,18 @@ class WorkerServicer:
     def _job(self, job: Job) -> Any:
         data = {"payload_bytes": job.payload} if job.kind == "binary" else {"payload": job.payload.decode()}
         expires = iso_time(job.expires) if job.expires is not None else ""
-        return self._messages.Job(id=job.id, headers=json.loads(job.headers), queue=job.queue, priority=job.priority,
-                                  attempt=job.failures + 1, lease_token=job.token, lease_seconds=job.lease_seconds,
-                                  created_at=iso_time(job.created), expires_at=expires, **data)
+        return self._messages.Job(
+            id=job.id,
+            headers=json.loads(job.headers),
+            queue=job.queue,
+            priority=job.priority,
+            attempt=job.failures + 1,
+            lease_token=job.token,
+            lease_seconds=job.lease_seconds,
+            created_at=iso_time(job.created),
+            expires_at=expires,
+            **data,
+        )
 
 
 def _sent(result: Any) -> bytes:
@@ -4874,7 +5217,11 @@ class GrpcServer:
         self._counting = threading.Lock()
         servicer = WorkerServicer(service, settings, self._grpc, messages)
         limit = settings.max_batch + 64 * KIB
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+        ]
         self._server = self._grpc.server(ThreadPoolExecutor(settings.grpc_threads, "jobqueue-grpc"), options=options)
         self._add_service(servicer, messages, stubs)
         self._health = self._add_health()
@@ -4905,30 +5252,35 @@ class GrpcServer:
                 with open(path, "rb") as file:
                     contents[-1] = file.read()
         key, chain, ca = contents
-        return self._grpc.ssl_server_credentials([(key, chain)], root_certificates=ca, require_client_auth=ca is not None)
+        return self._grpc.ssl_server_credentials(
+            [(key, chain)], root_certificates=ca, require_client_auth=ca is not None
+        )
 
     def _add_service(self, servicer: WorkerServicer, messages: Any, stubs: Any) -> None:
         """The generated registration, each method wrapped for permissions, errors and figures."""
         methods = messages.DESCRIPTOR.services_by_name["WorkerService"].methods_by_name
-        guarded = type("Guarded", (), {name: staticmethod(self._guard(name, getattr(servicer, name))) for name in methods})
+        guarded = type(
+            "Guarded", (), {name: staticmethod(self._guard(name, getattr(servicer, name))) for name in methods}
+        )
         stubs.add_WorkerServiceServicer_to_server(guarded(), self._server)
 
     def _guard(self, name: str, method: Callable) -> Callable:
         def call(request: Any, context: Any) -> Any:
-            begin, code = self._clock.monotonic(), "OK"
+            begin, answer, problem = self._clock.monotonic(), None, None
             try:
                 metadata = dict(context.invocation_metadata())
                 self._service.access.check(metadata.get("authorization"), "worker")
-                return method(request, context)
+                answer = method(request, context)
             except JobQueueError as error:
                 problem = error
             except Exception:
                 log.exception("handler_failed grpc=%s", name)
                 problem = JobQueueError("internal", "the server made a mistake; its log says more")
-            finally:
-                self._count(name, problem.grpc_status if "problem" in locals() else code, self._clock.monotonic() - begin)
-            context.set_trailing_metadata((("code", problem.code),))
-            context.abort(getattr(self._grpc.StatusCode, problem.grpc_status), problem.detail)
+            self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin)
+            if problem:  # outside of the try: abort raises
+                context.set_trailing_metadata((("code", problem.code),))
+                context.abort(getattr(self._grpc.StatusCode, problem.grpc_status), problem.detail)
+            return answer
 
         return call
 
@@ -5019,14 +5371,19 @@ class Server:
         try:
             self._http = HTTPServer((settings.host, settings.port or 0), api, self.service, settings, self.clock)
         except OSError as error:
-            raise OSError(error.errno, f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-                                       f"choose another --port") from None
+            raise OSError(
+                error.errno,
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port",
+            ) from None
         if settings.grpc_port is not None:
             try:
                 self._grpc = GrpcServer(self.service, settings, self.clock)
             except GrpcUnavailable as error:
-                log.warning("grpc_off reason=%s: for gRPC workers run: pip install grpcio protobuf grpcio-reflection "
-                            "grpcio-health-checking", error)
+                log.warning(
+                    "grpc_off reason=%s: for gRPC workers run: pip install grpcio protobuf grpcio-reflection "
+                    "grpcio-health-checking",
+                    error,
+                )
             except BaseException:
                 self._http.server_close()
                 raise
@@ -5046,10 +5403,13 @@ class Server:
         figures["jobqueue_connections"] = [({}, len(self._http.connections))]
         figures["jobqueue_http_request_duration_seconds"] = [
             ({"method": method, "route": path, "status": status}, histogram)
-            for (method, path, status), histogram in list(self._http.requests.items())]
+            for (method, path, status), histogram in list(self._http.requests.items())
+        ]
         if self._grpc:
             figures["jobqueue_grpc_request_duration_seconds"] = [
-                ({"method": method, "code": code}, histogram) for (method, code), histogram in list(self._grpc.requests.items())]
+                ({"method": method, "code": code}, histogram)
+                for (method, code), histogram in list(self._grpc.requests.items())
+            ]
         return metrics_text(figures)
 
     @property
@@ -5071,8 +5431,15 @@ class Server:
 
     # -- in a program
 
-    def submit(self, payload: bytes | str, *, queue: str = "default", key: str | None = None,
-               headers: dict[str, str] | None = None, **options: Any) -> concurrent_futures.Future:
+    def submit(
+        self,
+        payload: bytes | str,
+        *,
+        queue: str = "default",
+        key: str | None = None,
+        headers: dict[str, str] | None = None,
+        **options: Any,
+    ) -> concurrent_futures.Future:
         """Submit a job; a Future of the result's bytes.
 
         Options: priority, delay, ttl, lease, attempts, as over HTTP. The future's `result` raises JobQueueError when
@@ -5086,12 +5453,17 @@ class Server:
     def jobs(self, *queues: str, lease: float | None = None, worker: str = "in-process") -> Iterator[LeasedJob]:
         """Take the jobs of these queues (none: default) one by one, waiting for each, until the server stops."""
         claim = Claim(queues or ("default",), 1, lease, 3600.0, worker)
-        while not self._draining():
-            for job in self.engine.poll(claim).result():
+        while True:
+            try:
+                jobs = self.engine.poll(claim).result()
+                if not jobs and self.engine.stats()["draining"]:
+                    return
+            except JobQueueError as error:
+                if error.code == "draining":
+                    return
+                raise
+            for job in jobs:
                 yield LeasedJob(self.service, job)
-
-    def _draining(self) -> bool:
-        return self.stopped.is_set() or self.engine.stats()["draining"]
 
     # -- stop
 
@@ -5182,7 +5554,9 @@ def _result_future(answer: Future) -> concurrent_futures.Future:
         job = None if error else answer.result()[0]
         error = error or final_error(job)
         if error is None and job.state != "completed":
-            error = JobQueueError("draining", f"the server stopped; job {job.id} is {job.state} and goes on after a restart", job.id)
+            error = JobQueueError(
+                "draining", f"the server stopped; job {job.id} is {job.state} and goes on after a restart", job.id
+            )
         if error:
             future.set_exception(error)
         else:
@@ -5212,8 +5586,16 @@ class Client:
         self._context = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
 
-    def call(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, *,
-             timeout: float | None = 60, **query: Any) -> tuple[int, http.client.HTTPMessage, bytes]:
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        *,
+        timeout: float | None = 60,
+        **query: Any,
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Status, headers and body of the answer. A query value of None is left out. Raises Unreachable."""
         given = {name: value for name, value in query.items() if value is not None}
         target = self._path + path + ("?" + urllib.parse.urlencode(given) if given else "")
@@ -5273,7 +5655,9 @@ class Worker:
 
     WAIT = 20  # seconds of a long poll
 
-    def __init__(self, client: Client, heart: Client, run: Callable[[PolledJob], Verdict], options: dict[str, Any]) -> None:
+    def __init__(
+        self, client: Client, heart: Client, run: Callable[[PolledJob], Verdict], options: dict[str, Any]
+    ) -> None:
         self._client, self._heart, self._run, self._options = client, heart, run, options
         self._stopping = threading.Event()
         self._polling = False
@@ -5304,7 +5688,9 @@ class Worker:
     def _poll(self) -> PolledJob | None:
         self._polling = True
         try:
-            status, _, body = self._client.call("GET", "/api/worker/poll", timeout=self.WAIT + 30, wait=self.WAIT, **self._options)
+            status, _, body = self._client.call(
+                "GET", "/api/worker/poll", timeout=self.WAIT + 30, wait=self.WAIT, **self._options
+            )
         finally:
             self._polling = False
         if status == 200:
@@ -5336,8 +5722,14 @@ class Worker:
         pause = 0.1
         while True:
             try:
-                status, _, body = self._client.call("POST", f"/api/worker/{verdict.verb}/{job.id}", verdict.body, verdict.headers,
-                                                    lease_token=job.token, **verdict.query)
+                status, _, body = self._client.call(
+                    "POST",
+                    f"/api/worker/{verdict.verb}/{job.id}",
+                    verdict.body,
+                    verdict.headers,
+                    lease_token=job.token,
+                    **verdict.query,
+                )
                 if status < 500:
                     break
                 reason: Any = problem_of(status, body)
@@ -5400,7 +5792,9 @@ class _Heartbeat(threading.Thread):
         # A cancelled job is noticed within 10 s, however long the lease.
         while not self._over.wait(min(job.lease / 3, 10.0)):
             try:
-                status, _, body = self._client.call("POST", f"/api/worker/extend/{job.id}", lease_token=job.token, timeout=10)
+                status, _, body = self._client.call(
+                    "POST", f"/api/worker/extend/{job.id}", lease_token=job.token, timeout=10
+                )
             except Unreachable:
                 continue  # the server is away; the lease may outlive that
             if status == 200 and json.loads(body)["cancelled"]:
@@ -5417,11 +5811,20 @@ class _Heartbeat(threading.Thread):
 
 def run_command(command: list[str], job: PolledJob) -> Verdict:
     """Payload on stdin, result from stdout. Exit 0 completes, 75 asks for a retry, anything else fails for good."""
-    names = {"JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper()): value.replace("\0", "") for name, value in job.headers.items()}
+    names = {
+        "JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper()): value.replace("\0", "")
+        for name, value in job.headers.items()
+    }
     environment = {**os.environ, **names, "JOB_ID": job.id, "JOB_QUEUE": job.queue, "JOB_ATTEMPT": str(job.attempt)}
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
     except OSError as error:
         return Verdict("fail", f"cannot run {command[0]}: {error.strerror}".encode(), {}, {"retry": "true"})
     job.on_lost = functools.partial(_kill, process)
@@ -5441,7 +5844,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def forward(url: str, job: PolledJob) -> Verdict:
-    """POST the payload to a local service. 2xx completes; 429, 502, 503, 504 and no answer ask for a retry; else it fails."""
+    """POST the payload to a local service. 2xx completes; 429, 502, 503, 504 and silence ask for a retry."""
     service = Client(url)
     job.on_lost = service.close
     headers = {name: value for name, value in job.headers.items() if name.lower() not in ("host", "content-length")}
@@ -5449,7 +5852,9 @@ def forward(url: str, job: PolledJob) -> Verdict:
     parts = urllib.parse.urlsplit(url)
     slash = "/" if parts.path.endswith("/") else ""
     try:
-        status, answer, body = service.call("POST", slash + (f"?{parts.query}" if parts.query else ""), job.payload, headers, timeout=None)
+        status, answer, body = service.call(
+            "POST", slash + (f"?{parts.query}" if parts.query else ""), job.payload, headers, timeout=None
+        )
     except Unreachable as error:
         return Verdict("fail", str(error).encode(), {}, {"retry": "true"})
     finally:
@@ -5571,7 +5976,9 @@ def work(arguments: argparse.Namespace) -> int:
     if arguments.forward:
         Client(arguments.forward)  # a bad URL is told now
     set_up_logging("text", "info")
-    run = functools.partial(forward, arguments.forward) if arguments.forward else functools.partial(run_command, command)
+    run = (
+        functools.partial(forward, arguments.forward) if arguments.forward else functools.partial(run_command, command)
+    )
     name = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
     options = {"queue": arguments.queue, "lease": arguments.lease, "worker": name}
     workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
@@ -5645,7 +6052,9 @@ def submit(arguments: argparse.Namespace) -> int:
     headers = {"Content-Type": arguments.content_type} if arguments.content_type else {}
     if arguments.key:
         headers["Idempotency-Key"] = arguments.key
-    status, _, body = _client(arguments).call("POST", "/api/submit", payload, headers, timeout=None, wait=arguments.wait, **options)
+    status, _, body = _client(arguments).call(
+        "POST", "/api/submit", payload, headers, timeout=None, wait=arguments.wait, **options
+    )
     if status >= 400:
         raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem_of(status, body))
     if arguments.json:
@@ -5677,11 +6086,14 @@ def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     read = 0
     with source:
         for lines in _batches(source, 5000, 8 * MIB):
-            status, _, body = client.call("POST", "/api/jobs", b"".join(lines), {"Content-Type": "application/x-ndjson"},
-                                          timeout=None, **options)
+            status, _, body = client.call(
+                "POST", "/api/jobs", b"".join(lines), {"Content-Type": "application/x-ndjson"}, timeout=None, **options
+            )
             if status != 202:
-                raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO,
-                              f"{problem_of(status, body)} ({done} jobs were submitted before that)")
+                raise Refused(
+                    EXIT_NOT_YET if status == 503 else EXIT_NO,
+                    f"{problem_of(status, body)} ({done} jobs were submitted before that)",
+                )
             ids = json.loads(body)["job_ids"]
             done, read = done + len(ids), read + sum(map(len, lines))
             print("\n".join(ids))
@@ -5715,14 +6127,21 @@ def list_jobs(arguments: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     after = None
     while len(found) < arguments.limit:
-        page = _ask(arguments, "GET", "/api/jobs", queue=arguments.queue, status=arguments.status,
-                    limit=min(1000, arguments.limit - len(found)), after=after)
+        page = _ask(
+            arguments,
+            "GET",
+            "/api/jobs",
+            queue=arguments.queue,
+            status=arguments.status,
+            limit=min(1000, arguments.limit - len(found)),
+            after=after,
+        )
         found += page["jobs"]
         after = page["next"]
         if after is None:
             break
-    rows = [f"{job['job_id']}  {job['status']:10}  {job['queue']:16}  {job['attempt']}/{job['attempts']}  {job['created_at']}"
-            for job in found]
+    row = "{job_id}  {status:10}  {queue:16}  {attempt}/{attempts}  {created_at}"
+    rows = [row.format_map(job) for job in found]
     if arguments.json:
         print("\n".join(map(json_text, found)))
     elif rows:
@@ -5736,7 +6155,9 @@ def _quoted(job_id: str) -> str:
 
 def _as_lines(answer: dict[str, Any]) -> str:
     width = max(map(len, answer), default=0)
-    return "\n".join(f"{name:{width}}  {value if isinstance(value, str) else json_text(value)}" for name, value in answer.items())
+    return "\n".join(
+        f"{name:{width}}  {value if isinstance(value, str) else json_text(value)}" for name, value in answer.items()
+    )
 
 
 def show_stats(arguments: argparse.Namespace) -> int:
@@ -5745,7 +6166,9 @@ def show_stats(arguments: argparse.Namespace) -> int:
     states = ("pending", "running", "delayed", "completed", "failed", "expired", "cancelled")
     rows = [("queue", *states), ("(all)", *(answer[state] for state in states))]
     rows += [(name, *(queue[state] for state in states)) for name, queue in sorted(answer["queues"].items())]
-    table = "\n".join("  ".join(f"{cell:>10}" if column else f"{cell:16}" for column, cell in enumerate(row)) for row in rows)
+    table = "\n".join(
+        "  ".join(f"{cell:>10}" if column else f"{cell:16}" for column, cell in enumerate(row)) for row in rows
+    )
     waiting = f"waiting: {answer['waiting_clients']} clients, {answer['waiting_workers']} workers"
     return _show(arguments, answer, f"{table}\n{waiting}")
 
@@ -5799,8 +6222,15 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.dump:
         return EXIT_OK
     counts = collections.Counter(states.values())
-    answer = {"file": path, "format": reader.version, "bytes": reader.end, "records": sum(ops.values()), "clean_stop": reader.clean,
-              "torn_bytes": reader.torn, "jobs": {state: counts[state] for state in STATES}}
+    answer = {
+        "file": path,
+        "format": reader.version,
+        "bytes": reader.end,
+        "records": sum(ops.values()),
+        "clean_stop": reader.clean,
+        "torn_bytes": reader.torn,
+        "jobs": {state: counts[state] for state in STATES},
+    }
     text = f"{path}: good, format {reader.version}, {answer['records']} records, {reader.end} bytes, "
     text += "closed cleanly" if reader.clean else "not closed"
     text += f"; a torn tail of {reader.torn} bytes, which nobody was told of, will be cut off" if reader.torn else ""
@@ -5846,26 +6276,49 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
 
 def _client_flags(parser: argparse.ArgumentParser) -> None:
     environment = os.environ.get
-    parser.add_argument("--url", default=environment("JOBQUEUE_URL", "http://127.0.0.1:3000"), help="the server (JOBQUEUE_URL; default %(default)s)")
+    parser.add_argument(
+        "--url",
+        default=environment("JOBQUEUE_URL", "http://127.0.0.1:3000"),
+        help="the server (JOBQUEUE_URL; default %(default)s)",
+    )
     parser.add_argument("--token", default=environment("JOBQUEUE_TOKEN"), help="access token (better: JOBQUEUE_TOKEN)")
-    parser.add_argument("--ca", default=environment("JOBQUEUE_CA"), metavar="FILE", help="CA file to check an https server by (JOBQUEUE_CA)")
+    parser.add_argument(
+        "--ca",
+        default=environment("JOBQUEUE_CA"),
+        metavar="FILE",
+        help="CA file to check an https server by (JOBQUEUE_CA)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
 def _work_flags(parser: argparse.ArgumentParser) -> None:
     _client_flags(parser)
     parser.add_argument("--queue", help="queues, comma-separated, in order (default: default)")
-    parser.add_argument("--concurrency", type=_flag(_number(int, 1, 1000)), default=1, metavar="N", help="jobs at the same time (default 1)")
-    parser.add_argument("--lease", type=_flag(_LEASE), metavar="S", help="seconds of a lease; it is extended while the job runs")
+    parser.add_argument(
+        "--concurrency",
+        type=_flag(_number(int, 1, 1000)),
+        default=1,
+        metavar="N",
+        help="jobs at the same time (default 1)",
+    )
+    parser.add_argument(
+        "--lease", type=_flag(_LEASE), metavar="S", help="seconds of a lease; it is extended while the job runs"
+    )
     parser.add_argument("--worker", metavar="NAME", help="the worker's name (default: host and process)")
-    parser.add_argument("--forward", metavar="URL", help="POST each payload to this service instead of running a command")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="payload on stdin, result from stdout")
+    parser.add_argument(
+        "--forward", metavar="URL", help="POST each payload to this service instead of running a command"
+    )
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- COMMAND...", help="payload on stdin, result from stdout"
+    )
 
 
 def _submit_flags(parser: argparse.ArgumentParser) -> None:
     _client_flags(parser)
     parser.add_argument("payload", nargs="?", metavar="PAYLOAD", help="the payload; - reads standard input")
-    parser.add_argument("--file", metavar="FILE", help="submit each line of this file (- for standard input) and print the ids")
+    parser.add_argument(
+        "--file", metavar="FILE", help="submit each line of this file (- for standard input) and print the ids"
+    )
     for name, (parse, text) in SUBMIT_PARAMETERS.items():
         if name != "on_disconnect":
             parser.add_argument("--" + name, type=_flag(parse), metavar=name.upper(), help=text)
@@ -5878,7 +6331,9 @@ def _jobs_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job_id", nargs="?", metavar="JOB_ID", help="show this job")
     parser.add_argument("--queue", help="of this queue only")
     parser.add_argument("--status", choices=STATES, help="in this state only")
-    parser.add_argument("--limit", type=_flag(_number(int, 1, 10**9)), default=100, metavar="N", help="at most so many (default 100)")
+    parser.add_argument(
+        "--limit", type=_flag(_number(int, 1, 10**9)), default=100, metavar="N", help="at most so many (default 100)"
+    )
 
 
 def _requeue_flags(parser: argparse.ArgumentParser) -> None:
@@ -5962,7 +6417,9 @@ def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
         raise ValueError(f"unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     name = argv[0] if argv and argv[0] in COMMANDS else "serve"
     command = COMMANDS[name]
-    parser = _Parser(f"jobqueue.py {name}", description=command.run.__doc__, epilog=f"example: jobqueue.py {command.example}")
+    parser = _Parser(
+        f"jobqueue.py {name}", description=command.run.__doc__, epilog=f"example: jobqueue.py {command.example}"
+    )
     command.flags(parser)
     return command, parser.parse_args(argv[1:] if argv and argv[0] == name else argv)
 

@@ -49,6 +49,7 @@ class Server:
     def __init__(self, name, command, port, folder, env=None):
         self.name, self.command, self.port, self.folder = name, command, port, folder
         self.env = {**os.environ, **(env or {})}
+        self.helpers = []  # processes that belong to it: the workers of a Python queue
         self.log = folder / f"{name}.log"
         self.start()
 
@@ -66,7 +67,7 @@ class Server:
 
     @property
     def pids(self):
-        return [self.process.pid]
+        return [self.process.pid, *(helper.pid for helper in self.helpers)]
 
     def wait(self, ready):
         """Waits until `ready()` is true; returns it."""
@@ -216,6 +217,7 @@ def python_queue(name):
             command = [part.format(port=broker.port, here=HERE, n=number) for part in command]
             worker = Server(f"{name}-{number}", command, broker.port, broker.folder, env)
             stack.callback(worker.stop)
+            broker.helpers.append(worker)
         yield broker
 
 

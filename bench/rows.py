@@ -189,7 +189,7 @@ def sync_figure(name, clients, got, style, peer, at_least=None, aim=None):
         median(got[peer]),
         at_least=at_least,
         aim=aim,
-        notes=both_notes(got[style], got[peer]),
+        notes={"clients": clients, "style": style} | both_notes(got[style], got[peer]),
     )
 
 

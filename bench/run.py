@@ -154,9 +154,10 @@ def save(path, out, machine, versions, began, args):
         "figures": [as_json(figure) for figure in out["figures"]],
         "failures": out["failures"],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    path.with_suffix(".svg").write_text(plot.draw(results))
-    print(f"\nWritten: {path} and {path.with_suffix('.svg').name}")
+    plot.write(path, results)
+    print(f"\nWritten: {path}, and its drawings beside it")
 
 
 if __name__ == "__main__":

@@ -269,8 +269,10 @@ class Load:
             thread.start()
 
     def stop(self):
-        """Hang up on everything still open, end the threads, raise what one of them raised."""
+        """End the threads, hang up on what clients still wait for, raise what one of the threads raised."""
         self.stopping.set()
+        for thread in self.threads[self.clients :]:
+            thread.join(2)  # a worker that was cut off would leave its job leased to nobody
         while any(thread.is_alive() for thread in self.threads):
             for wire in list(self.wires):
                 wire.close()
@@ -361,7 +363,7 @@ class Load:
         self._call(wire, call, "GET", f"/api/worker/poll?lease={lease}&{query}")
         if call.ok and call.answer:
             call.jobs = call.answer.get("jobs", [call.answer]) if "jobs" in call.answer else [call.answer]
-        return call.jobs
+        return list(call.jobs)
 
     def complete(self, wire, job, result=None, query=""):
         """Hand in a result; where no answer comes, remember to hand in the same again."""
@@ -496,10 +498,10 @@ class Load:
     def _worker_chain(self, wire, rng, lease):
         """One round trip a job: complete and take the next."""
         jobs = self.poll(wire, lease=lease)
-        for _ in range(20):
+        for left in range(20, -1, -1):
             if not jobs:
                 return
-            call = self.complete(wire, jobs[0], query=f"&next=true&lease={lease}&wait=0.1")
+            call = self.complete(wire, jobs[0], query=f"&next=true&lease={lease}&wait=0.1" if left else "")
             if not call.ok:
                 return
             jobs = [call.answer["next"]] if call.answer.get("next") else []

@@ -41,6 +41,7 @@ class Outline:
 
     requests: list = field(default_factory=list)
     clean: bool = True
+    rest: bytes = b""  # how the first thing that is no request begins
 
     @property
     def held(self):
@@ -84,11 +85,12 @@ def outline(stream):
         at = EMPTY_LINES.match(stream, at).end()
         if at == len(stream):
             return found
+        start = at
         head = HEAD.match(stream, at)
         told = head and fields_told(head)
         at = told is not None and head and end_of_body(stream, head.end(), told)
         if not at:
-            found.clean = False
+            found.clean, found.rest = False, stream[start:start + 5]
             return found
         request = request_of(head, told)
         found.requests.append(request)
@@ -398,7 +400,7 @@ def judge(report, stream, outlined):
     """What is wrong with the answers, or None."""
     requests = outlined.requests
     try:
-        finals = final_answers(stream, requests)
+        finals = final_answers(stream, outlined)
     except Malformed as error:
         return str(error)
     for answer in finals:
@@ -414,14 +416,21 @@ def judge(report, stream, outlined):
     return next(filter(None, map(mismatch, finals, requests)), None)
 
 
-def final_answers(stream, requests):
-    """The answers but for 100 Continue; the refusal of what looks like a HEAD may have a body or not."""
-    methods = [request.method for request in requests]
-    try:
-        answers = parse_answers(stream, methods)
-    except Malformed:
-        answers = parse_answers(stream, [*methods, b"HEAD"])
-    return [answer for answer in answers if answer.status >= 200]
+def final_answers(stream, outlined):
+    """The answers but for 100 Continue.
+
+    The refusal of a HEAD may have a body where it was refused before its method meant anything.
+    """
+    methods = [request.method for request in outlined.requests] + [outlined.rest.strip()]
+    readings = [methods] + [[*methods[:at], b"GET"] for at, method in enumerate(methods) if method == b"HEAD"]
+    for reading in readings:
+        try:
+            answers = parse_answers(stream, reading)
+        except Malformed as error:
+            malformed = error
+        else:
+            return [answer for answer in answers if answer.status >= 200]
+    raise malformed
 
 
 def mismatch(answer, request):

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 
 from checker import Wire
-from support import READY, ROOT, DidNotStart, wait_until
+from support import LONG, READY, ROOT, DidNotStart, wait_until
 
-LONG = os.environ.get("JOBQUEUE_LONG") == "1"
+# The figures of `make test-long` take hours; those of `make test` must not.
+FIGURES = [pytest.mark.long, pytest.mark.timeout(4 * 3600)] if LONG else [pytest.mark.timeout(120)]
 
 
 def needs(*tools):

@@ -167,7 +167,7 @@ def test_the_view_shows_the_worker_and_the_lease(client, worker):
     worker.poll(worker="ann", lease=60)
     view = client.view(job_id)
     assert (view["status"], view["worker"], view["deliveries"]) == ("processing", "ann", 1)
-    assert view["lease_expires_at"] == "2023-11-14T22:14:20.000000Z"
+    assert view["started_at"] == "2023-11-14T22:13:20.000000Z"
 
 
 # == 3. Fencing
@@ -369,25 +369,29 @@ def test_a_job_that_comes_while_a_poller_hangs_up_goes_to_the_next(server, clien
         worker.complete(job)
 
 
-def test_a_job_that_comes_while_a_poller_over_grpc_cancels_is_not_lost(server, client):
+def test_a_job_that_comes_while_a_poller_over_grpc_cancels_is_not_lost(server, client, clock):
+    """Where the reply was on its way already, the lease brings the job back."""
     import grpc
 
     worker = WORKERS["http"](server)
-    for turn in range(20):
+    for _ in range(20):
         gone = grpc_poller(server)
         client.wait_workers(1)
         job_id, _ = at_once(client.put, gone.cancel)
         try:
             assert gone.result(5).id == job_id
-            worker.complete(job_id)
         except (grpc.FutureCancelledError, grpc.RpcError):
-            job = wait_until(worker.poll, timeout=3, what=f"the job of turn {turn}")
-            assert (job.id, job.attempt) == (job_id, 1)
-            worker.complete(job)
+            client.wait_workers(0)
+            if (job := worker.poll()) is None:
+                clock.advance(300 + BIT)
+                job = worker.poll(wait=300)
+            assert job.id == job_id
+        worker.complete(job_id)
 
 
 def big_payload():
-    return b'"' + b"x" * 4_000_000 + b'"'
+    """As base64 more than the kernel takes off a server's hands (4 MiB by default)."""
+    return b"\xff" * 4_100_000
 
 
 def deaf_poller(server, **options):
@@ -409,7 +413,7 @@ def test_a_reply_that_could_not_be_written_gives_the_job_back_uncounted(server, 
     if reset:
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     gone.close()
-    client.wait_status(job_id, "pending")
+    client.wait_status(job_id, "pending", timeout=3)
     job = WORKERS["http"](server).poll()
     assert (job.id, job.attempt) == (job_id, 1)
 
@@ -421,7 +425,7 @@ def test_a_batch_that_could_not_be_written_is_given_back_whole_and_in_order(serv
         client.wait_status(job_id, "processing")
     gone.close()
     for job_id in ids:
-        client.wait_status(job_id, "pending")
+        client.wait_status(job_id, "pending", timeout=3)
     jobs = WORKERS["http"](server).poll_many(10)
     assert [(job.id, job.attempt) for job in jobs] == [(job_id, 1) for job_id in ids]
 
@@ -762,7 +766,8 @@ def test_an_expired_job_is_not_handed_out_to_one_who_waits(client, worker, clock
 def submitter(server, **options):
     connection = connect(server.url)
     given = "&".join(f"{name}={value}" for name, value in options.items())
-    connection.sendall(f"POST /api/submit?{given} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+    head = f"POST /api/submit?{given} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n"
+    connection.sendall(head.encode() + b"{}")
     return connection
 
 
@@ -920,7 +925,7 @@ def test_a_long_poll_wakes_for_every_source(client, worker, clock, source, how):
     client.wait_workers(1)
     assert not polling.done()
     job_id = trigger()
-    assert polling.result(10).id == job_id
+    assert polling.result(5).id == job_id
     assert client.stats()["waiting_workers"] == 0
 
 

@@ -11,6 +11,7 @@ import pytest
 from checker import Cut, History, Load, Wire, check, clear, new_payload
 from rigs import (
     COMPACT,
+    FIGURES,
     LONG,
     WRITE_IN_PIECES,
     QuickStarts,
@@ -25,9 +26,10 @@ from support import DidNotStart, wait_until
 
 CYCLES = 100 if LONG else 10
 RESERVE = 1 << 20
+PROMPT = {"one": 4, "chain": 3, "batch": 4, "repeat": 2, "fail": 0.5, "fail_for_good": 0.3, "release": 0.6}
 STOPPED_BY_THE_DISK = 74
 
-pytestmark = pytest.mark.timeout(4 * 3600 if LONG else 120)
+pytestmark = FIGURES
 
 
 class Client:
@@ -115,7 +117,7 @@ def test_a_full_disk_refuses_submits_takes_completions_and_is_used_again_by_itse
     with small_disk(tmp_path, "8m") as (starts, data, folder):
         flags = ("--reserve", str(RESERVE), "--compact-bytes", "100000")
         server = starts.start(*flags, data_dir=data)
-        load, refusals = Load(History(), seed, clients=2, workers=2), 0
+        load, refusals = Load(History(), seed, clients=2, workers=2, worker_acts=PROMPT), 0
         for _ in range(CYCLES):
             wait_until(lambda: has_reserve(folder), what="the reserve to be there")
             load.start(server.port)

@@ -12,19 +12,27 @@ import time
 import pytest
 
 from checker import Cut, History, Load, Wire, check, clear
-from rigs import COMPACT, LATE_SYNC, LONG, NO_SYNC, Disk, QuickStarts, build_shim, grow, needs, needs_root
+from rigs import (
+    COMPACT,
+    FIGURES,
+    LATE_SYNC,
+    LONG,
+    NO_SYNC,
+    Disk,
+    QuickStarts,
+    build_shim,
+    grow,
+    needs,
+    needs_root,
+)
 from support import DidNotStart, wait_until
 
 CUTS = 500 if LONG else 50
 COMPACTION_CUTS = 100 if LONG else 10
 CONTROL_CUTS = 10  # nearly every one loses something
-CUTS_A_HISTORY = 5  # then all is cleared, which must hold over the next cut as well
+CUTS_A_HISTORY = 3  # then all is cleared, which must hold over the next cut as well
 
-pytestmark = [
-    pytest.mark.timeout(4 * 3600 if LONG else 120),
-    needs("mkfs.ext4", "mount", "nsenter"),
-    needs_root(),
-]
+pytestmark = [*FIGURES, needs("mkfs.ext4", "mount", "nsenter"), needs_root()]
 
 # Workers that come late or crash would only make the checks wait; test_faults_kill.py has them.
 WORKER_ACTS = {"one": 4, "chain": 3, "batch": 4, "repeat": 1, "fail_for_good": 0.3, "release": 0.3}
@@ -108,6 +116,7 @@ def test_a_power_cut_in_a_compaction_loses_nothing_acknowledged(tmp_path, seed):
             rig.load.history.cut(rig.moment)
             rig.start()
             rig.check()
+            rig.load.history.calls = [clear(rig.load.history, rig.server.port)]
             rig.server.kill()
 
 

@@ -1,20 +1,23 @@
-"""What the README says is so: its commands print what stands there, its tables are the code's, its links lead somewhere.
+"""What the README says is so: its commands print what it shows, its tables are the code's, its links lead somewhere.
 
 Blocks marked `console` are run in order, as they stand, against one fresh server: a line that begins with "$ " is a
-command (a backslash at its end carries it on), what follows is what it prints. A command that ends with "&" runs in
-the background; what it prints stands at the end of its block. Line breaks in what is printed do not count, since long
-lines are wrapped. Ids, lease tokens and times differ from run to run: each id of the README stands for the one that
-came in its place.
+command (a backslash at its end or an open quote carries it on), what follows is what it prints. A command that ends
+with "&" runs in the background; what it prints stands at the end of its block. Line breaks in what is printed do not
+count, since long lines are wrapped. Ids, lease tokens and times differ from run to run: each id of the README stands
+for the one that came in its place.
 
     python tests/test_readme.py        # run the blocks and write what they print into the README
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -79,7 +82,7 @@ def steps_of(block: Block) -> list[Step]:
                 steps.append(Step(command, "\n".join(printed)))
                 command, printed = "", []
             command += f"\n{line}" if carries_on else line[2:]
-            carries_on = line.endswith("\\")
+            carries_on = line.endswith("\\") or command.count("'") % 2 == 1
         else:
             printed.append(line)
     assert command, f"README.md, line {block.line}: a console block begins with '$ '"
@@ -121,8 +124,8 @@ LEASE_TOKEN = re.compile(r"\b(?=[0-9a-f]*[a-f])[0-9a-f]{16}\b")
 VARIES = (
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"), "<time>"),
     (re.compile(r"curl/[\d.]+"), "curl/<version>"),
-    (re.compile(r'("(?:retry_in|uptime_seconds|oldest_pending_seconds|bytes|finished_bytes)": ?)[\d.]+'), r"\1<number>"),
-    (re.compile(r"(data/journal\.jsonl: .* )\d+( bytes)"), r"\1<number>\2"),
+    # The watermark of an idle moment is a record too.
+    (re.compile(r"\d+ records, \d+ bytes"), "<number> records, <number> bytes"),
     (re.compile(r"\b(worker|client|admin) [\w-]{43}"), r"\1 <token>"),
 )
 
@@ -198,11 +201,10 @@ def find_grpcurl() -> str | None:
 
 
 def missing_tools(block: Block) -> list[str]:
+    """What a block cannot be run without."""
     wanted = [name for name in ("curl", "jq") if re.search(rf"(^|[\s|(]){name}\s", block.text)]
     missing = [name for name in wanted if not shutil.which(name)]
     if "grpcurl" in block.text:
-        import importlib.util
-
         missing += [] if find_grpcurl() else ["grpcurl"]
         missing += [name for name in ("grpc", "grpc_reflection") if not importlib.util.find_spec(name)]
     return missing
@@ -222,14 +224,15 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
         printed = terminal.run(block)
         outcomes[block.line] = [(step.command, terminal.expected(step), text)
                                 for step, text in zip(steps_of(block), printed, strict=True)]
-    terminal.server.stop()
+    terminal.server.kill()
     return outcomes
 
 
 @pytest.mark.parametrize("block", CONSOLE, ids=lambda block: f"{block.heading}, line {block.line}")
 def test_the_commands_of_the_readme_print_what_it_says(block: Block, session: dict[int, Any]) -> None:
-    if missing := missing_tools(block):
-        pytest.skip(f"not installed: {', '.join(missing)}")
+    before = CONSOLE[: CONSOLE.index(block) + 1]  # what a block prints follows from those before it
+    if missing := {tool for earlier in before for tool in missing_tools(earlier)}:
+        pytest.skip(f"not installed: {', '.join(sorted(missing))}")
     for command, expected, printed in session[block.line]:
         assert comparable(printed) == comparable(expected), f"README.md, after line {block.line}: $ {command}"
 
@@ -350,9 +353,13 @@ def test_every_setting_stands_in_the_readme_with_its_default() -> None:
 
 
 def test_every_route_stands_in_the_readme_with_its_scope_and_parameters() -> None:
-    written = {(code(path)[0], method): (scope, set(code(parameters))) for method, path, scope, parameters, _ in table("Routes")}
-    assert written == {(route.path.replace("{job_id}", "<id>"), route.method): (route.scope or "open", set(route.parameters))
+    written = {(code(path)[0], method): (scope, set(code(names))) for method, path, scope, names, _ in table("Routes")}
+    assert written == {(as_path(route), route.method): (route.scope or "open", set(route.parameters))
                        for route in jobqueue.ROUTES}
+
+
+def as_path(route: Any) -> str:
+    return route.path.replace("{job_id}", "<id>")
 
 
 def test_every_parameter_stands_in_the_readme() -> None:
@@ -377,9 +384,8 @@ def test_the_labels_of_every_metric_are_those_in_the_readme(process: Any) -> Non
     call(server.url, "POST", f"/api/worker/complete/{job['job_id']}")
     seen: dict[str, set[str]] = {}
     for line in call(server.url, "GET", "/metrics").body.decode().splitlines():
-        if match := re.match(r"(\w+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? ", line) if line[0] != "#" else None:
-            name = match[1] if match[1] in jobqueue.METRICS else match[0].partition("{")[0].split()[0]
-            seen.setdefault(name, set()).update(set(re.findall(r'(\w+)="', match[2] or "")) - {"le"})
+        if match := re.match(r"(\w+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? ", line):
+            seen.setdefault(match[1], set()).update(set(re.findall(r'(\w+)="', match[2] or "")) - {"le"})
     written = {code(name)[0]: set(code(labels)) for name, _, labels, _ in table("Metrics")}
     assert {name: labels for name, labels in written.items() if name in seen} == seen
     assert written.keys() - seen.keys() <= {"jobqueue_grpc_request_duration_seconds"}, "not seen without a gRPC call"
@@ -394,8 +400,6 @@ def flags_of(command: Any) -> set[str]:
     """The command's own flags: those of the settings and those that every client command has are left out."""
     if command is jobqueue.COMMANDS["serve"]:
         return set()
-    import argparse
-
     parser = argparse.ArgumentParser()
     command.flags(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
@@ -412,7 +416,7 @@ def test_every_grpc_method_stands_in_the_readme_with_its_route() -> None:
     methods = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].methods
     written = {code(name)[0]: (code(request)[0], code(answer)[0]) for name, request, answer, _ in table("gRPC methods")}
     assert written == {method.name: (method.input_type.name, method.output_type.name) for method in methods}
-    routes = {f"{route.method} {route.path.replace('{job_id}', '<id>')}" for route in jobqueue.ROUTES}
+    routes = {f"{route.method} {as_path(route)}" for route in jobqueue.ROUTES}
     for name, _, _, route in table("gRPC methods"):
         assert code(route)[0].partition("?")[0] in routes, name
 
@@ -498,17 +502,17 @@ def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "jobqueue.service"
     text = (ROOT / "examples" / "jobqueue.service").read_text()
     unit.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
-    run = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=30)
+    command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert "jobqueue.service" not in run.stdout + run.stderr, run.stdout + run.stderr
 
 
 def test_readiness_is_told_to_systemd(tmp_path: Path, process: Any) -> None:
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
         told.bind(str(tmp_path / "notify"))
         told.settimeout(10)
-        server: ServerProcess = process("--grpc-port", "off", env={"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"})
+        env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
+        server: ServerProcess = process("--grpc-port", "off", env=env)
         assert told.recv(100) == b"READY=1"
         assert told.recv(100) == b"WATCHDOG=1"
         server.terminate()
@@ -528,7 +532,8 @@ def test_the_dockerfile_copies_what_is_there_and_starts_the_server() -> None:
 
 def test_the_dockerfiles_health_check_tells_a_ready_server_from_none(process: Any) -> None:
     dockerfile = (ROOT / "examples" / "Dockerfile").read_text()
-    _, option, source = json.loads(re.search(r"^HEALTHCHECK .*?CMD (\[.*?\])$", dockerfile, re.MULTILINE | re.DOTALL)[1])
+    health_check = re.search(r"^HEALTHCHECK .*?CMD (\[.*?\])$", dockerfile, re.MULTILINE | re.DOTALL)
+    _, option, source = json.loads(health_check[1])
     server = process()
     check = [sys.executable, option, source.replace(":3000", f":{server.port}")]
     assert subprocess.run(check, capture_output=True).returncode == 0
@@ -544,7 +549,8 @@ def wrapped(printed: str) -> str:
     pieces = []
     for line in printed.splitlines():
         while len(line) > WIDTH:
-            cut = next((at for at in range(WIDTH, 0, -1) if " " not in line[at - 1 : at + 1]), WIDTH)
+            places = [at for at in range(WIDTH, WIDTH // 2, -1) if " " not in line[at - 1 : at + 1]]
+            cut = next((at for at in places if line[at - 1] == ","), places[0])
             pieces.append(line[:cut])
             line = line[cut:]
         pieces.append(line)
@@ -554,28 +560,26 @@ def wrapped(printed: str) -> str:
 def write() -> None:
     """Run the blocks; where one prints something else than stands there, put that in. What holds stays as it is."""
     markdown = README.read_text()
+    changed: dict[str, str] = {}  # ids: as they stood in blocks that are written anew -> as they stand there now
+    kept: dict[str, str] = {}  # as they are in this run -> as they stand in blocks that hold
     with tempfile.TemporaryDirectory() as folder:
         terminal = Terminal(Path(folder))
-        changes: dict[str, str] = {}
-        kept: dict[str, str] = {}
         for block in blocks_of("console"):
-            known = dict(terminal.ids)
-            printed = terminal.run(block)
-            steps = steps_of(block)
+            known = set(terminal.ids)
+            pairs = list(zip(steps_of(block), terminal.run(block), strict=True))
             learnt = {theirs: ours for theirs, ours in terminal.ids.items() if theirs not in known}
-            pairs = [(comparable(terminal.expected(step)), comparable(text)) for step, text in zip(steps, printed, strict=True)]
-            if all(expected == text for expected, text in pairs):
+            if all(comparable(terminal.expected(step)) == comparable(printed) for step, printed in pairs):
                 kept.update({ours: theirs for theirs, ours in learnt.items()})
                 continue
-            changes.update(learnt)
-            text = "\n".join("\n".join(filter(None, (f"$ {step.command}", wrapped(answer)))) for step, answer in zip(steps, printed, strict=True))
+            changed.update(learnt)
+            text = "\n".join(part for step, printed in pairs for part in (f"$ {step.command}", wrapped(printed)) if part)
             for ours, theirs in kept.items():
                 text = text.replace(ours, theirs)
             markdown = markdown.replace(f"```console\n{block.text}\n```", f"```console\n{text}\n```")
             print(f"README.md, line {block.line}: written")
-        for theirs, ours in changes.items():
-            markdown = markdown.replace(theirs, ours)
-        terminal.server.stop()
+        terminal.server.kill()
+    for theirs, ours in changed.items():
+        markdown = markdown.replace(theirs, ours)
     README.write_text(markdown)
 
 

@@ -16,8 +16,8 @@ from jobqueue import JobQueueError, as_json, check_lease, kind_of, moved, retry_
 STATES = ("delayed", "pending", "processing", "completed", "failed", "expired", "cancelled")
 FINAL = ("completed", "failed", "expired", "cancelled")
 VERBS = (
-    "ripen", "lease", "extend", "complete", "fail", "retry", "release", "give_back", "lapse", "expire", "cancel",
-    "requeue",
+    "ripen", "lease", "extend", "complete", "fail", "retry", "retry_now", "release", "give_back", "lapse",
+    "expire", "cancel", "requeue",
 )  # fmt: skip
 
 # Where each verb leads from each state; what is not here must raise. Written out by hand, not taken from the code.
@@ -31,6 +31,7 @@ ALLOWED = {
         "complete": "completed",
         "fail": "failed",
         "retry": "delayed",
+        "retry_now": "pending",
         "release": "pending",
         "extend": "processing",
     },
@@ -38,6 +39,7 @@ ALLOWED = {
         "complete": "completed",
         "fail": "failed",
         "retry": "delayed",
+        "retry_now": "pending",
         "release": "pending",
         "give_back": "pending",
         "lapse": "pending",
@@ -93,9 +95,10 @@ def test_a_verb_leads_where_the_table_says_or_raises_and_changes_nothing(state, 
     assert job == a_job(state=state)
 
 
-def test_requeueing_a_job_that_a_worker_has_does_not_claim_that_no_worker_has_it():
+@pytest.mark.parametrize("state", ["pending", "processing"])
+def test_requeueing_a_job_that_has_not_ended_says_just_that(state):
     with pytest.raises(JobQueueError) as refused:
-        moved(a_job(state="processing"), "requeue")
+        moved(a_job(state=state), "requeue")
     assert refused.value.code == "job_not_finished"
 
 

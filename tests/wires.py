@@ -199,10 +199,14 @@ class Client:
     def status(self, job_id: str) -> str:
         return self.view(job_id)["status"]
 
-    def wait_status(self, job_id: str, status: str) -> dict[str, Any]:
+    def wait_status(self, job_id: str, status: str, timeout: float = 10) -> None:
         """Wait until a job has this status, which something else is about to give it."""
-        wait_until(lambda: self.status(job_id) == status, what=f"{job_id} to be {status}")
-        return self.view(job_id)
+
+        def has_it() -> bool:
+            listed = ok(self.call("GET", "/api/jobs", status=status, limit=1000))["jobs"]
+            return job_id in [job["job_id"] for job in listed]
+
+        wait_until(has_it, timeout, f"{job_id} to be {status}")
 
     def result(self, job_id: str) -> bytes:
         answer = self.call("GET", f"/api/jobs/{job_id}/result")
