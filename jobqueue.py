@@ -4294,6 +4294,7 @@ class Connection:
         "_lingered",
         "_is_head",
         "_advancing",
+        "_unsent",
     )
 
     def __init__(self, sock: socket.socket, address: Any, server: HTTPServer) -> None:
@@ -4305,6 +4306,7 @@ class Connection:
         self._refusal: JobQueueError | None = None  # the answer, once the body has been read
         self._keep, self._version, self._is_head, self._advancing = True, 1, False, False
         self._later: Later | None = None
+        self._unsent: tuple[Later, Any] | None = None  # what to give back when the answer cannot be written whole
         self._started = self._lingered = 0
         self.state = _HANDSHAKE if server.tls else _READING
         self.deadline = server.now + (server.settings.header_timeout if server.tls else server.settings.idle_timeout)
@@ -4375,7 +4377,8 @@ class Connection:
 
     def _hung_up(self) -> None:
         """The end of the stream: nothing more will be asked, and whoever waits for long has left."""
-        if self.state == _HELD and not (self._later and self._later.long):
+        answering = self.state == _HELD and not (self._later and self._later.long)
+        if answering or (self._out and not self._unsent):
             self._keep = False
             self._listen(self._events & ~selectors.EVENT_READ)
         else:
@@ -4592,14 +4595,17 @@ class Connection:
             self._lose(later, value)
             self.close()
             return
+        if later.lost:
+            self._unsent = (later, value)  # until all of it is written
         self._respond(self._server.shape(later, value))
-        if self.state == _CLOSED:
-            self._lose(later, value)
-        elif self._buffer:
-            self._advance()
+        if not self._out:
+            self._unsent = None
+            if self._buffer:
+                self._advance()
 
     @staticmethod
     def _lose(later: Later, value: Any) -> None:
+        """The answer did not reach whom it was for."""
         if later.lost and not isinstance(value, BaseException):
             with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
                 later.lost(value)
@@ -4658,9 +4664,12 @@ class Connection:
             sent = 0
         self._out = data[sent:]
         if not self._out:
+            self._unsent = None
             self._listen(selectors.EVENT_READ)
             if self.state == _LINGERING:
                 self._half_close()
+            elif not self._keep:
+                self._linger()
             elif self.state == _READING:
                 self._set_deadline(self._server.now + self._server.settings.idle_timeout)
                 self._advance()
@@ -4724,6 +4733,9 @@ class Connection:
             self._events = 0
         self._server.forget(self)
         self._sock.close()
+        if self._unsent is not None:
+            unsent, self._unsent = self._unsent, None
+            self._lose(*unsent)
         if held and self._later is not None:
             self._server.hold(self._request.route, -1)
             if self._later.future.cancel():
@@ -5078,8 +5090,7 @@ class WorkerServicer:
         outcome = self._wait(future, context, claim.wait if claim else 0.0)
         answer = self._messages.CompleteResponse(success=True, duplicate=outcome.duplicate)
         if outcome.next:
-            if not context.is_active():
-                self._engine.give_back([outcome.next])
+            self._give_back_if_lost([outcome.next], context)
             answer.next.CopyFrom(self._job(outcome.next))
         return answer
 
@@ -5159,10 +5170,22 @@ class WorkerServicer:
 
     def _poll(self, claim: Claim, context: Any) -> list[Job]:
         jobs = self._wait(self._engine.poll(claim), context, claim.wait)
-        if jobs and not context.is_active():
-            self._engine.give_back(jobs)
-            return []
+        if jobs:
+            self._give_back_if_lost(jobs, context)
         return jobs
+
+    def _give_back_if_lost(self, jobs: list[Job], context: Any) -> None:
+        """When the call ends, see whether the caller had left before its answer could be written.
+
+        grpcio tells that in no public place once the answer is on its way: hence the look inside.
+        """
+
+        def ended() -> None:
+            if getattr(getattr(context, "_state", None), "client", None) == "cancelled":
+                self._engine.give_back(jobs)
+
+        if not context.add_callback(ended):
+            self._engine.give_back(jobs)
 
     def _wait(self, future: Future, context: Any, wait: float) -> Any:
         """Park this thread until the answer is there; a caller that hangs up leaves the line."""

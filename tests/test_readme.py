@@ -12,6 +12,7 @@ for the one that came in its place.
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib.util
 import json
 import os
@@ -30,7 +31,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jobqueue  # noqa: E402
-from support import ROOT, ServerProcess, call, start_server, wait_until  # noqa: E402
+from support import ROOT, DidNotStart, ServerProcess, call, grpc_stub, start_server, wait_until  # noqa: E402
 
 README = ROOT / "README.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
@@ -237,6 +238,12 @@ def test_the_commands_of_the_readme_print_what_it_says(block: Block, session: di
         assert comparable(printed) == comparable(expected), f"README.md, after line {block.line}: $ {command}"
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
+    """One for the tests that only submit and work, each in a queue of its own."""
+    return start_server(tmp_path_factory.mktemp("server"))
+
+
 # -- the workers: each language's takes jobs of the queue named after it, and answers with the text in capitals
 
 WORKERS = {
@@ -255,14 +262,13 @@ def named_block(name: str) -> str:
 
 
 @pytest.mark.parametrize("language", WORKERS)
-def test_the_worker_in_each_language_works(language: str, process: Any, tmp_path: Path) -> None:
+def test_the_worker_in_each_language_works(language: str, server: ServerProcess, tmp_path: Path) -> None:
     name, command = WORKERS[language]
     needed = [command[0], *(["curl", "jq"] if language == "bash" else [])]
     if missing := [tool for tool in needed if not shutil.which(tool)]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if language == "javascript" and subprocess.run(["node", "-e", "fetch"], capture_output=True).returncode:
         pytest.skip("this node has no fetch: 18 or newer is needed")
-    server = process()
     script = tmp_path / name
     script.write_text(named_block(name).replace("http://localhost:3000", server.url))
     with Running([*command, str(script)], tmp_path, {}):
@@ -275,9 +281,8 @@ def test_the_worker_in_each_language_works(language: str, process: Any, tmp_path
         assert again.json()["payload"] == {"text": "ON"}, "and goes on"
 
 
-def test_the_grpc_worker_works(process: Any, tmp_path: Path) -> None:
+def test_the_grpc_worker_works(server: ServerProcess, tmp_path: Path) -> None:
     pytest.importorskip("grpc", reason="grpcio is not installed")
-    server = process()
     script = tmp_path / "worker_grpc.py"
     script.write_text(named_block("worker_grpc.py").replace("localhost:50051", f"127.0.0.1:{server.grpc_port}"))
     with Running([sys.executable, str(script)], tmp_path, {"PYTHONPATH": str(ROOT)}):
@@ -285,8 +290,7 @@ def test_the_grpc_worker_works(process: Any, tmp_path: Path) -> None:
         assert answer.json()["payload"] == {"text": "OVER GRPC"}
 
 
-def test_any_command_is_a_worker(process: Any, tmp_path: Path) -> None:
-    server = process()
+def test_any_command_is_a_worker(server: ServerProcess, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobqueue.py"), "work", "--queue", "commands", "--", "tr", "a-z", "A-Z"]
     with Running(command, tmp_path, {"JOBQUEUE_URL": server.url}):
         answer = call(server.url, "POST", "/api/submit?queue=commands&wait=60", b"as it is")
@@ -377,8 +381,7 @@ def test_every_metric_stands_in_the_readme_with_its_kind() -> None:
     assert written == {name: kind for name, (kind, _) in jobqueue.METRICS.items()}
 
 
-def test_the_labels_of_every_metric_are_those_in_the_readme(process: Any) -> None:
-    server = process()
+def test_the_labels_of_every_metric_are_those_in_the_readme(server: ServerProcess) -> None:
     call(server.url, "POST", "/api/submit?wait=0", b"x")
     job = call(server.url, "GET", "/api/worker/poll").json()
     call(server.url, "POST", f"/api/worker/complete/{job['job_id']}")
@@ -423,6 +426,108 @@ def test_every_grpc_method_stands_in_the_readme_with_its_route() -> None:
 
 def test_every_state_stands_in_the_readme() -> None:
     assert [code(cell)[0] for cell, _ in table("The life of a job")] == list(jobqueue.STATES)
+
+
+# -- the table of who may do what: each cell is tried with every route of its row
+
+ACCESS_ROWS = (None, "client", "worker", "admin", "grpc")
+NOBODY, SITE, NETWORK = {}, {"Origin": "http://elsewhere.example", "Sec-Fetch-Site": "cross-site"}, "network"
+ACCESS_COLUMNS = ("open", "nobody", "client", "worker", "admin", "site", NETWORK)
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory, server: ServerProcess) -> dict[str, tuple[ServerProcess, dict[str, str]]]:
+    """Column of the access table -> the server to call and the headers to send."""
+    folder = tmp_path_factory.mktemp("guarded")
+    tokens = folder / "tokens"
+    tokens.touch(0o600)
+    scopes = ("client", "worker", "admin")
+    tokens.write_text("".join(f"{scope} the-{scope}-token\n" for scope in scopes))
+    guarded = start_server(folder, "--tokens", str(tokens))
+    bearers = {scope: (guarded, {"Authorization": f"Bearer the-{scope}-token"}) for scope in scopes}
+    return {"open": (server, NOBODY), "nobody": (guarded, NOBODY), **bearers, "site": (server, SITE)}
+
+
+def access_cells() -> list[tuple[str | None, str, str]]:
+    rows = table("Access")
+    assert len(rows) == len(ACCESS_ROWS)
+    return [(scope, column, cell) for scope, (_, *cells) in zip(ACCESS_ROWS, rows, strict=True)
+            for column, cell in zip(ACCESS_COLUMNS, cells, strict=True)]
+
+
+@pytest.mark.parametrize("scope, column, cell", access_cells() if README.exists() else [])
+def test_each_cell_of_the_access_table_holds(scope: str | None, column: str, cell: str, doors: dict[str, Any]) -> None:
+    if column == NETWORK:
+        # Another address of this machine is reached as little as one of another machine.
+        for port in (doors["open"][0].port, doors["open"][0].grpc_port):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), 5).close()
+        assert "with a wider `--host`" in cell
+    elif scope == "grpc":
+        assert grpc_answers(*doors[column]) == (cell == "yes")
+    else:
+        for route in jobqueue.ROUTES:
+            if route.scope == scope:
+                check_door(route, cell, *doors[column])
+
+
+def check_door(route: Any, cell: str, server: ServerProcess, headers: dict[str, str]) -> None:
+    path = route.path.replace("{job_id}", "no-such-job") + ("?wait=0" if route.handler == "submit" else "")
+    answer = call(server.url, route.method, path, headers=headers)
+    name = f"{route.method} {route.path}: {answer}"
+    if cell == "cannot read the answer":
+        assert not any(header.startswith("access-control-") for header in answer.headers), name
+    elif cell == "yes":
+        assert answer.status < 500 and answer.status not in (401, 403), name
+    else:
+        assert answer.status == int(cell), name
+
+
+def grpc_answers(server: ServerProcess, headers: dict[str, str]) -> bool:
+    """Is the health service there for this caller? A browser's page can only speak HTTP/1.1 to it, in vain."""
+    if headers is SITE:
+        try:
+            url = f"http://127.0.0.1:{server.grpc_port}"
+            return call(url, "POST", "/grpc.health.v1.Health/Check", headers=headers).status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+    grpc = pytest.importorskip("grpc", reason="grpcio is not installed")
+    health = pytest.importorskip("grpc_health.v1.health_pb2", reason="grpcio-health-checking is not installed")
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        method = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health.HealthCheckRequest.SerializeToString,
+            response_deserializer=health.HealthCheckResponse.FromString,
+        )
+        metadata = [(name.lower(), value) for name, value in headers.items()]
+        return method(health.HealthCheckRequest(), metadata=metadata, timeout=10).status == 1
+
+
+@pytest.mark.parametrize("column", ["open", "nobody", "client", "worker", "admin"])
+def test_the_worker_service_over_grpc_lets_in_who_may_poll_over_http(column: str, doors: dict[str, Any]) -> None:
+    grpc = pytest.importorskip("grpc", reason="grpcio is not installed")
+    from worker_pb2_gen import worker_pb2
+
+    cell = next(cell for scope, name, cell in access_cells() if (scope, name) == ("worker", column))
+    expected = {"401": "UNAUTHENTICATED", "403": "PERMISSION_DENIED"}.get(cell)
+    server, headers = doors[column]
+    metadata = [(name.lower(), value) for name, value in headers.items()]
+    for method in worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].methods:
+        try:
+            request = getattr(worker_pb2, method.input_type.name)()
+            getattr(grpc_stub(server), method.name)(request, metadata=metadata, timeout=10)
+            code = "OK"
+        except grpc.RpcError as error:
+            code = error.code().name
+        refused = code in ("UNAUTHENTICATED", "PERMISSION_DENIED")
+        assert code == expected or not (expected or refused), method.name
+
+
+def test_a_wider_host_without_tokens_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(DidNotStart) as refused:
+        start_server(tmp_path, "--host", "0.0.0.0")
+    assert refused.value.code == jobqueue.EXIT_USAGE
+    assert "--tokens" in refused.value.log and "--insecure" in refused.value.log
 
 
 # -- links, versions, deploy files
@@ -534,7 +639,7 @@ def test_the_dockerfiles_health_check_tells_a_ready_server_from_none(process: An
     dockerfile = (ROOT / "examples" / "Dockerfile").read_text()
     health_check = re.search(r"^HEALTHCHECK .*?CMD (\[.*?\])$", dockerfile, re.MULTILINE | re.DOTALL)
     _, option, source = json.loads(health_check[1])
-    server = process()
+    server = process("--grpc-port", "off")
     check = [sys.executable, option, source.replace(":3000", f":{server.port}")]
     assert subprocess.run(check, capture_output=True).returncode == 0
     server.stop()
@@ -572,7 +677,8 @@ def write() -> None:
                 kept.update({ours: theirs for theirs, ours in learnt.items()})
                 continue
             changed.update(learnt)
-            text = "\n".join(part for step, printed in pairs for part in (f"$ {step.command}", wrapped(printed)) if part)
+            lines = [part for step, printed in pairs for part in (f"$ {step.command}", wrapped(printed))]
+            text = "\n".join(filter(None, lines))
             for ours, theirs in kept.items():
                 text = text.replace(ours, theirs)
             markdown = markdown.replace(f"```console\n{block.text}\n```", f"```console\n{text}\n```")
