@@ -99,6 +99,7 @@ def _number(kind: type, low: float, high: float) -> Callable[[str, Any], Any]:
         if not isinstance(given, str) or _PLAIN_NUMBER.fullmatch(given):
             with contextlib.suppress(TypeError, ValueError):
                 value = kind(given)
+                value = int(value) if value == value // 1 else value  # 60, not 60.0, when it is shown
         if not low <= value <= high:
             whole = "a whole number, " if kind is int and value != value else ""
             raise ValueError(f"{name} must be {whole}{low:.15g} to {high:.15g}, got {given!s}")
@@ -307,6 +308,10 @@ class JobQueueError(Exception):
 
 class DataError(Exception):
     """The data folder cannot be used: damaged, of a newer format, or in use. The text says where and what to do."""
+
+
+class DiskError(Exception):
+    """The disk fails at the start. Nothing was lost; the text says what to do."""
 
 
 # == Jobs ==============================================================================================================
@@ -573,11 +578,12 @@ class Future:
     wait and a caller who hangs up never settle it twice. A caller leaves by `cancel`, which takes no other lock.
     """
 
-    __slots__ = ("_state", "_value", "_callbacks")
+    __slots__ = ("_state", "_value", "_callbacks", "job_id")
     _lock = threading.Lock()  # one for all futures: it is held for a few instructions at a time
 
     def __init__(self) -> None:
         self._state, self._value, self._callbacks = _PENDING, None, ()
+        self.job_id: str | None = None  # of the job that this is about, where it is one
 
     def claim(self) -> bool:
         """Take the right to answer; False when it is claimed, answered or cancelled."""
@@ -729,7 +735,8 @@ class Histogram:
 #
 # The first line is the header, with the format's version. The file is never made in place: it is written beside,
 # synced and renamed, so what the header covers is always whole. A compacted file numbers its K lines N-K+1 to N,
-# where N is the last record it stands for; so what was appended meanwhile follows without being renumbered.
+# where N is the last record it stands for (so the first may be negative); what was appended meanwhile follows without
+# being renumbered. What must be there whole or not at all is one record.
 #
 # Rule of change: a reader takes every version up to its own. A change that an older reader would misread raises
 # VERSION, and adds to tests a journal as the older version wrote it.
@@ -758,7 +765,10 @@ def _write_all(fd: int, data: bytes) -> None:
     """Write all of it; the first sign of a full disk is a short write, not an error."""
     written = os.write(fd, data)
     while written < len(data):
-        written += os.write(fd, data[written:])
+        more = os.write(fd, data[written:])
+        if more == 0:
+            raise OSError(errno.ENOSPC, "the disk takes nothing more")
+        written += more
 
 
 def _lock_file(path: str) -> int:
@@ -921,33 +931,43 @@ class Journal:
     def start(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
         """Open for appending. After an unclean stop what was read is written anew from `snapshot` and synced first:
         after a failed sync the system may show pages that never reached the disk."""
-        reader = self._reader
+        try:
+            self._start(self._reader, snapshot)
+        except OSError as error:
+            raise DiskError(
+                f"{self.path} could not be written and synced: {error.strerror or error}. What it holds is safe. Check the "
+                "disk and its space, then start again"
+            ) from None
+        self._committer.start()
+
+    def _start(self, reader: JournalReader | None, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
         if reader is None:
             self.seq = 1  # so that the header is 0 and the snapshot's one line is 1
-            self._rewrite(*snapshot())
+            self._rewrite(snapshot)
         else:
             self.seq = self.synced = reader.seq
             if reader.clean:
                 self._file, self.size = self._open(self.path), reader.end
             else:
-                log.warning(
-                    "unclean_stop file=%s records=%d: no closing record; reading, rewriting, syncing",
-                    self.path,
-                    reader.seq,
-                )
-                self._rewrite(*snapshot())
-        self.append('{"op":"open"}')
+                what = "no closing record; reading, rewriting, syncing"
+                log.warning("unclean_stop file=%s records=%d: %s", self.path, reader.seq, what)
+                self._rewrite(snapshot)
+        self.append('{"op":"open"}', urgent=True)
         _sync_data(self._file)
         self.synced = self.seq
         self._reserve.fill()
-        self._committer.start()
 
     @staticmethod
     def _open(path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
 
-    def _rewrite(self, count: int, bodies: Iterable[str]) -> None:
-        new = _NewFile(self, count, bodies)
+    def _rewrite(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
+        try:
+            new = _NewFile(self, *snapshot())
+        except OSError:
+            if not self._reserve.spend():
+                raise
+            new = _NewFile(self, *snapshot())  # on a full disk the reserve may be room enough
         new.sync()
         os.replace(new.path, self.path)
         _sync_folder(self.folder)
@@ -982,8 +1002,8 @@ class Journal:
 
     # -- appending; the engine's lock is held
 
-    def append(self, *bodies: str, urgent: bool = False) -> int:
-        """Write records and return the number of the last; JobQueueError disk_full: nothing of them is in the file.
+    def append(self, body: str, urgent: bool = False) -> int:
+        """Write a record and return its number; JobQueueError disk_full: nothing of it is in the file.
 
         `urgent` ones (of workers, and of the clock) may use the reserve.
         """
@@ -992,13 +1012,9 @@ class Journal:
                 raise self._unknown(None)
             if self._reserve.spent and not urgent and not self._reserve.fill():
                 raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
-            first, synced = self.seq + 1, self.synced
-            if len(bodies) == 1:
-                data = journal_line(first, synced, bodies[0])
-            else:
-                data = b"".join([journal_line(first + n, synced, body) for n, body in enumerate(bodies)])
+            data = journal_line(self.seq + 1, self.synced, body)
             self._write(data, urgent)
-            self.seq += len(bodies)
+            self.seq += 1
             self.size += len(data)
             return self.seq
 
@@ -1454,6 +1470,18 @@ def _verb(method: Callable) -> Callable:
     return call
 
 
+_ENDED = {state: f"jobs_{state}_total" for state in STATES if state in FINAL}
+_COUNTED = (
+    "jobs_submitted_total",
+    *_ENDED.values(),
+    "retries_total",
+    "leases_lapsed_total",
+    "late_completions_total",
+    "duplicate_completions_total",
+    "compactions_total",
+)
+
+
 class LocalEngine(Engine):
     """The queue in memory, kept by a Journal.
 
@@ -1490,18 +1518,7 @@ class LocalEngine(Engine):
         self._compact_again = 0.0  # not before
         self._inflation = 1.0  # bytes in the journal for a byte of live data: text is escaped there, binary is base64
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
-        self._totals = dict.fromkeys(
-            (
-                "jobs_submitted_total",
-                "jobs_completed_total",
-                "retries_total",
-                "leases_lapsed_total",
-                "late_completions_total",
-                "duplicate_completions_total",
-                "compactions_total",
-            ),
-            0,
-        )
+        self._totals = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self._waits = Histogram()  # from submit to the first hand-over
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
@@ -1546,9 +1563,10 @@ class LocalEngine(Engine):
         verb = record["op"]
         del record["op"], record["crc"], record["seq"], record["synced"]
         if verb in ("submit", "job"):
-            job = Job(**unpack(record))
-            self._jobs[job.id] = job
-            self._last_number = max(self._last_number, job.number)
+            self._replay_job(record)
+        elif verb == "batch":
+            for fields in record["jobs"]:
+                self._replay_job(fields)
         elif verb == "meta":
             self._last_number = max(self._last_number, record["last_number"])
             self._all_paused = record["all_paused"]
@@ -1561,6 +1579,11 @@ class LocalEngine(Engine):
         elif "id" in record:
             job = self._jobs[record.pop("id")]
             self._jobs[job.id] = moved(job, verb, **unpack(record))
+
+    def _replay_job(self, fields: dict[str, Any]) -> None:
+        job = Job(**unpack(fields))
+        self._jobs[job.id] = job
+        self._last_number = max(self._last_number, job.number)
 
     def _rebuild(self) -> None:
         """Lines, timers and counts from the jobs, oldest first. The clock may have been set while nobody looked."""
@@ -1600,7 +1623,7 @@ class LocalEngine(Engine):
             return self._tie(self._watch(job, wait, lambda job: (job, True)), known, tied)
         self._check_room(1, len(fields["payload"]))
         job, body = self._new_job(fields)
-        job = self._accept(job, self.journal.append(body))
+        job = self._accept(job, self.journal.append('{"op":"submit",' + body[1:]))
         return self._tie(self._watch(job, wait, lambda job: (job, False)), job.id, tied)
 
     @_verb
@@ -1609,7 +1632,7 @@ class LocalEngine(Engine):
         last = self._last_number
         made = [self._new_job(fields) for fields in batch]
         try:
-            seq = self.journal.append(*(body for _, body in made))
+            seq = self.journal.append(f'{{"op":"batch","jobs":[{",".join(body for _, body in made)}]}}')
         except JobQueueError:
             self._last_number = last
             raise
@@ -1872,7 +1895,7 @@ class LocalEngine(Engine):
             made.update(state="delayed", available=wall + microseconds(fields["delay"]))
         if fields.get("ttl") is not None:
             made["expires"] = wall + microseconds(fields["ttl"])
-        return Job(**made), json_text(pack({"op": "submit", **made}))
+        return Job(**made), json_text(pack({**made}))
 
     def _accept(self, job: Job, seq: int) -> Job:
         self._totals["jobs_submitted_total"] += 1
@@ -1953,6 +1976,7 @@ class LocalEngine(Engine):
         self._wake_by(now + left)
         if wall:
             return
+        self._totals[_ENDED[job.state]] += 1
         for watcher in self._watchers.pop(job.id, ()):
             self._answer_watcher(watcher, watcher.answer(job), job.record)
         self._forget_old(now)
@@ -1970,7 +1994,6 @@ class LocalEngine(Engine):
             self._totals["duplicate_completions_total"] += 1
             return Outcome(job, duplicate=True)
         self._totals["late_completions_total"] += job.settled == "lapse"
-        self._totals["jobs_completed_total"] += 1
         self._count_worker(job.worker, "completed")
         changes = {"settled": "complete", "finished": self._wall(), "result": result, "result_kind": kind}
         changes |= _voided(job, token)
@@ -2149,6 +2172,7 @@ class LocalEngine(Engine):
 
     def _promise(self, value: Any, seq: int, job_id: str | None = None) -> Future:
         future = Future()
+        future.job_id = job_id
         self._settle(future, value, seq, job_id)
         return future
 
@@ -2157,6 +2181,7 @@ class LocalEngine(Engine):
         if job.state in FINAL or wait == 0:
             return self._promise(answer(job), job.record, job.id)
         future = Future()
+        future.job_id = job.id
         watcher = _Waiter(future, answer, job_id=job.id)
         self._watchers.setdefault(job.id, []).append(watcher)
         self._count_in("clients", future)
@@ -2681,11 +2706,13 @@ class HttpApi:
         """How long the client waits, and which preference (RFC 7240) says so. The query wins over the header."""
         if "wait" in request.parameters:
             return request.parameters["wait"], None
-        preferences = [part.partition(";")[0].strip().lower() for part in request.headers.get("prefer", "").split(",")]
-        for preference in preferences:
-            if re.fullmatch(r"wait\s*=\s*\d{1,5}", preference, re.ASCII):
-                return min(float(preference.partition("=")[2]), DAY), preference.replace(" ", "")
-        return (0.0, "respond-async") if "respond-async" in preferences else (None, None)
+        parts = [part.partition(";")[0].strip().lower() for part in request.headers.get("prefer", "").split(",")]
+        for part in parts:
+            if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,5})"?', part):
+                return min(float(match[1]), DAY), f"wait={match[1]}"
+        if any(re.fullmatch(r'respond-async(\s*=\s*"")?', part) for part in parts):
+            return 0.0, "respond-async"
+        return None, None
 
     @staticmethod
     def _submitted(applied: str | None, answer: tuple[Job, bool]) -> Response:
@@ -2717,10 +2744,7 @@ class HttpApi:
         return Later(future, lambda ids: json_response({"job_ids": ids}, 202))
 
     def view(self, request: Request) -> Later:
-        wait = request.parameters.get("wait", 0.0)
-        if request.crowded and wait:
-            raise JobQueueError("too_many_clients", "too many clients are waiting; try again without wait")
-        return Later(self._engine.view(request.job_id, wait), self._viewed, long=wait > 0)
+        return self._when_over(request, self._viewed)
 
     @staticmethod
     def _viewed(job: Job) -> Response:
@@ -2734,8 +2758,13 @@ class HttpApi:
         return Response(200, f"{{{','.join(parts)}}}".encode())
 
     def result(self, request: Request) -> Later:
+        return self._when_over(request, self._result)
+
+    def _when_over(self, request: Request, shape: Callable[[Job], Response]) -> Later:
         wait = request.parameters.get("wait", 0.0)
-        return Later(self._engine.view(request.job_id, wait), self._result, long=wait > 0)
+        if request.crowded and wait:
+            raise JobQueueError("too_many_clients", "too many clients are waiting; try again without wait")
+        return Later(self._engine.view(request.job_id, wait), shape, long=wait > 0)
 
     @staticmethod
     def _result(job: Job) -> Response:
@@ -3138,6 +3167,9 @@ METRICS = {
     "jobqueue_connections": ("gauge", "Open HTTP connections"),
     "jobqueue_jobs_submitted_total": ("counter", "Jobs accepted"),
     "jobqueue_jobs_completed_total": ("counter", "Jobs completed"),
+    "jobqueue_jobs_failed_total": ("counter", "Jobs that failed for good"),
+    "jobqueue_jobs_expired_total": ("counter", "Jobs whose time to live ran out"),
+    "jobqueue_jobs_cancelled_total": ("counter", "Jobs cancelled"),
     "jobqueue_retries_total": ("counter", "Failed attempts that are tried again"),
     "jobqueue_leases_lapsed_total": ("counter", "Leases that ran out"),
     "jobqueue_late_completions_total": ("counter", "Completions that came after their lease had run out"),
@@ -5467,11 +5499,19 @@ class Server:
 
         Options: priority, delay, ttl, lease, attempts, as over HTTP. The future's `result` raises JobQueueError when
         the job failed, expired or was cancelled, and TimeoutError (the job goes on). Cancelling it does not cancel
-        the job.
+        the job; `server.cancel(future.job_id)` does.
         """
         data = payload.encode() if isinstance(payload, str) else payload
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
         return _result_future(self.service.submit(data, json_text(headers or {}), options, key, None))
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job; JobQueueError when there is none, or it has come to its end."""
+        self.engine.cancel(job_id).result()
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """A job as GET /api/jobs shows it: status, attempts, times, error."""
+        return job_view(self.engine.view(job_id, 0).result())
 
     def jobs(self, *queues: str, lease: float | None = None, worker: str = "in-process") -> Iterator[LeasedJob]:
         """Take the jobs of these queues (none: default) one by one, waiting for each, until the server stops."""
@@ -5569,6 +5609,7 @@ def _checked_option(name: str, value: Any) -> Any:
 def _result_future(answer: Future) -> concurrent_futures.Future:
     """A future of the standard library, which asyncio.wrap_future takes too."""
     future: concurrent_futures.Future = concurrent_futures.Future()
+    future.job_id = answer.job_id
 
     def tell(answer: Future) -> None:
         if not future.set_running_or_notify_cancel():
@@ -6216,13 +6257,18 @@ def cancel(arguments: argparse.Namespace) -> int:
 def pause(arguments: argparse.Namespace) -> int:
     """Hand out no more jobs of a queue, or of all."""
     answer = _ask(arguments, "POST", "/api/admin/pause", queue=arguments.queue)
-    return _show(arguments, answer, f"paused: {answer['paused'] or 'none'}")
+    return _show(arguments, answer, _paused(answer))
+
+
+def _paused(answer: dict[str, Any]) -> str:
+    names = answer["paused"]
+    return "paused: " + (names if isinstance(names, str) else ", ".join(names) or "none")
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Hand out again."""
     answer = _ask(arguments, "POST", "/api/admin/resume", queue=arguments.queue)
-    return _show(arguments, answer, f"paused: {answer['paused'] or 'none'}")
+    return _show(arguments, answer, _paused(answer))
 
 
 # -- files
@@ -6264,8 +6310,9 @@ def check(arguments: argparse.Namespace) -> int:
 def _follow(states: dict[str, str], record: dict[str, Any]) -> None:
     """The state of each job after a record."""
     op = record["op"]
-    if op in ("submit", "job"):
-        states[record["id"]] = record.get("state", "pending")
+    if op in ("submit", "job", "batch"):
+        for job in record.get("jobs", [record]):
+            states[job["id"]] = job.get("state", "pending")
     elif op == "clear":
         states.clear()
     elif "id" in record:
@@ -6410,7 +6457,7 @@ COMMANDS = {
     "work": Command(work, _work_flags, "work --queue thumbnails --concurrency 4 -- convert - -resize 200x200 png:-"),
     "submit": Command(submit, _submit_flags, "submit '{\"x\": 1}' --queue sums --wait 30"),
     "jobs": Command(list_jobs, _jobs_flags, "jobs --status failed"),
-    "stats": Command(show_stats, _queue_flags, "stats --json"),
+    "stats": Command(show_stats, _client_flags, "stats --json"),
     "requeue": Command(requeue, _requeue_flags, "requeue --status failed --queue sums"),
     "cancel": Command(cancel, _cancel_flags, "cancel 550e8400-e29b-41d4-a716-446655440000"),
     "pause": Command(pause, _queue_flags, "pause --queue sums"),
@@ -6450,7 +6497,13 @@ def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     sys.modules.setdefault("jobqueue", sys.modules[__name__])  # whoever imports jobqueue gets this very module
-    codes = {ValueError: EXIT_USAGE, DataError: EXIT_DATA, Unreachable: EXIT_UNREACHABLE, OSError: EXIT_USAGE}
+    codes = {
+        ValueError: EXIT_USAGE,
+        DataError: EXIT_DATA,
+        DiskError: EXIT_DISK,
+        Unreachable: EXIT_UNREACHABLE,
+        OSError: EXIT_USAGE,
+    }
     try:
         command, arguments = _parse(sys.argv[1:] if argv is None else argv)
         return command.run(arguments)
@@ -6461,7 +6514,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Refused as error:
         code, reason = error.code, error
-    except (ValueError, DataError, Unreachable, OSError) as error:
+    except tuple(codes) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         reason = error.strerror if isinstance(error, OSError) and error.filename is None and error.strerror else error
     print(f"jobqueue: {reason}", file=sys.stderr)

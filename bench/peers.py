@@ -3,6 +3,7 @@
 Every peer runs with its own defaults but for what the comparison itself asks for (durability, a free port, no log).
 """
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -120,7 +121,7 @@ def running(name, command, port, env=None):
             server.stop()
 
 
-# -- jobqueue ------------------------------------------------------------------------------------------------------------
+# -- jobqueue --------------------------------------------------------------------------------------------------------
 
 READY = re.compile(r" ready http=\S+:(\d+) grpc=(?:\S+:(\d+)|off)")
 
@@ -159,7 +160,7 @@ def jobqueue(fsync="always", grpc=False, **flags):
             server.stop()
 
 
-# -- the peers -----------------------------------------------------------------------------------------------------------
+# -- the peers -------------------------------------------------------------------------------------------------------
 
 
 def beanstalkd(durable):
@@ -197,11 +198,13 @@ def stock_grpc():
     return running("stock-grpc", [sys.executable, str(HERE / "stock_grpc.py"), str(port)], port)
 
 
-# How many workers each has was tried: more or fewer, threads or processes, are slower on two cores.
+# Tried on two cores that others used too, 5 runs each in turn, at 1 and 8 clients: RQ's SimpleWorker (no fork a job)
+# 1, 2, 4 processes; Huey 4 threads, 2 and 4 processes; Celery solo 1 and 2, 4 threads, prefork 2 and 4. RQ with 4
+# was slower; between the others the runs overlap, so none is known to be the best one.
 QUEUE_WORKERS = {
-    "rq": (["-m", "rq.cli", "worker", "-q", "-w", "rq.SimpleWorker", "-u", "redis://127.0.0.1:{port}/1", "-P", "{here}"], 2),
-    "huey": (["-m", "huey.bin.huey_consumer", "tasks.huey", "-w", "4", "-q"], 1),
-    "celery": (["-m", "celery", "-A", "tasks", "worker", "-P", "solo", "-l", "ERROR", "--without-gossip", "-n", "w{n}"], 2),
+    "rq": ("rq.cli worker -q -w rq.SimpleWorker -u redis://127.0.0.1:{port}/1 -P {here}", 1),
+    "huey": ("huey.bin.huey_consumer tasks.huey -w 4 -q", 1),
+    "celery": ("celery -A tasks worker -P solo -l ERROR --without-gossip -n w{n}", 2),
 }
 
 
@@ -213,22 +216,24 @@ def python_queue(name):
         env = {"BENCH_REDIS": str(broker.port), "BENCH_QUEUE": name, "PYTHONPATH": str(HERE)}
         broker.queue, broker.env_for_clients = name, env
         for number in range(processes):
-            command = [sys.executable, *arguments]
-            command = [part.format(port=broker.port, here=HERE, n=number) for part in command]
+            command = [sys.executable, "-m"]
+            command += [part.format(port=broker.port, here=HERE, n=number) for part in arguments.split()]
             worker = Server(f"{name}-{number}", command, broker.port, broker.folder, env)
             stack.callback(worker.stop)
             broker.helpers.append(worker)
         yield broker
 
 
-# -- what they are -------------------------------------------------------------------------------------------------------
+# -- what they are ---------------------------------------------------------------------------------------------------
 
+VERSION = re.compile(rb'__version__ = "([^"]+)"')
 PROGRAMS = {"beanstalkd": "-v", "redis-server": "--version", "gearmand": "--version"}
 
 
 def versions():
     """What is measured here, and what is missing: {name: version or reason}."""
-    found = {}
+    source = config["server"].read_bytes()
+    found = {"jobqueue": f"{VERSION.search(source)[1].decode()} (SHA-256 {hashlib.sha256(source).hexdigest()[:16]})"}
     for name, flag in PROGRAMS.items():
         found[name] = missing(name) or re.search(
             r"\d+\.\d+[\w.+]*", subprocess.run([name, flag], capture_output=True, text=True, check=False).stdout

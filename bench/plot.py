@@ -44,7 +44,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 """
 BAR, GAP, COLUMN, LABEL, VALUE = 17, 4, 440, 148, 58
 NAMES = {"rq": "RQ", "huey": "Huey", "celery": "Celery", "Redis appendfsync always": "Redis, fsync always"}
-OURS = {"next": "jobqueue", "poll": "jobqueue, poll each job"}
+OURS = {"next": "jobqueue", "poll": "jobqueue, polling"}
 
 
 def text(x, y, said, classes=""):
@@ -57,7 +57,7 @@ def svg(width, height, title, parts):
     return f"{head} aria-label=\"{escape(title)}\">\n<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
 
 
-# -- sync jobs a second ----------------------------------------------------------------------------------------------------
+# -- sync jobs a second ----------------------------------------------------------------------------------------------
 
 
 def groups(results, rows):
@@ -95,18 +95,25 @@ def panel(x, title, subtitle, data):
 def draw(results):
     """The bars as an SVG text."""
     durable, height = panel(
-        0, "Sync jobs a second, every one synced to disk", "client to worker and back; fsync always", groups(results, {"durable"})
+        0,
+        "Sync jobs a second, every one synced to disk",
+        "client to worker and back; fsync always",
+        groups(results, {"durable"}),
     )
     memory, second = panel(
-        COLUMN + 30, "Sync jobs a second, in memory", "client to worker and back; no fsync", groups(results, {"memory", "queues"})
+        COLUMN + 30,
+        "Sync jobs a second, in memory",
+        "client to worker and back; no fsync",
+        groups(results, {"memory", "queues"}),
     )
     height = max(height, second) + 6
     machine = results["machine"]
-    foot = f"{machine['cores']} cores {machine['cpu']}, Python {machine['python']}, {results['when'][:10]}; Python load on the same machine"
+    foot = f"{machine['cores']} cores {machine['cpu']}, Python {machine['python']}, {results['when'][:10]}"
+    foot += "; the load, in Python too, ran on the same machine"
     return svg(2 * COLUMN + 30, height + 8, "jobqueue and its peers", [*durable, *memory, text(0, height, foot, "sub")])
 
 
-# -- what was to be reached -------------------------------------------------------------------------------------------------
+# -- what was to be reached ------------------------------------------------------------------------------------------
 
 LOW, HIGH = 0.2, 10.0
 
@@ -123,7 +130,8 @@ def draw_targets(results):
     ]
     for tick in (0.25, 0.5, 1, 2, 4, 8):
         kind = "asked" if tick == 1 else "line"
-        parts.append(f'<line x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="{top - 8}" y2="{bottom - 8}" class="{kind}"/>')
+        x = f"{place(tick):.1f}"
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{top - 8}" y2="{bottom - 8}" class="{kind}"/>')
         parts.append(text(place(tick), top - 13, f"{tick:g}", "tick middle"))
     for number, figure in enumerate(asked):
         parts += target(figure, top + 19 * number, place, left + width + 14)
@@ -138,7 +146,8 @@ def target(figure, y, place, right):
     stands, aim = stands**turn, aim**turn
     kind = {"aim": "aim", "at least": "least", "no": "no"}[figure["reached"]]
     peer = f" / {NAMES.get(figure['peer'], figure['peer'])}" if figure["judged"] == "ratio" else ""
-    shown = f"{value:.2f}x" if figure["judged"] == "ratio" else f"{value:,.3g}{figure['unit']}" if value < 100 else f"{value:,.0f}{figure['unit']}"
+    unit = "x" if figure["judged"] == "ratio" else figure["unit"]
+    shown = f"{value:,.0f}{unit}" if value >= 100 else f"{value:.3g}{unit}"
     return [
         text(0, y + 4, short(figure["name"]) + peer),
         f'<line x1="{place(aim):.1f}" x2="{place(aim):.1f}" y1="{y - 6}" y2="{y + 6}" class="asked"/>',

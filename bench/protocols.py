@@ -63,7 +63,7 @@ def tag_of(data):
     return found[0]
 
 
-# -- HTTP, for jobqueue ------------------------------------------------------------------------------------------------
+# -- HTTP, for jobqueue ----------------------------------------------------------------------------------------------
 
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.I)
 JOB_ID = re.compile(rb'"job_id" ?: ?"([^"]+)"')
@@ -187,12 +187,12 @@ def http_held(port, tally, tag):
     tally.done(started)
 
 
-# -- beanstalkd ----------------------------------------------------------------------------------------------------------
+# -- beanstalkd ------------------------------------------------------------------------------------------------------
 # A reply goes through a tube of the client's own. All that can go in one send does: the client's delete, put and
 # reserve; the worker's put of the reply, delete and reserve.
 
 RESERVED = re.compile(rb"RESERVED (\d+) (\d+)\r\n")
-BAD = (b"NOT_FOUND", b"OUT_OF_MEMORY", b"INTERNAL_ERROR", b"DRAINING", b"BAD_FORMAT", b"BURIED", b"UNKNOWN", b"TIMED_OUT")
+BAD = b"NOT_FOUND", b"OUT_OF_MEMORY", b"INTERNAL_ERROR", b"DRAINING", b"BAD_FORMAT", b"BURIED", b"UNKNOWN"
 
 
 def beanstalk_job(data):
@@ -247,7 +247,7 @@ def beanstalk_worker(port, tally):
         )
 
 
-# -- Redis lists ---------------------------------------------------------------------------------------------------------
+# -- Redis lists -----------------------------------------------------------------------------------------------------
 # BRPOP takes a job out of the list before it is done: a worker that dies loses it. The pattern that does not (LMOVE
 # to a list of the worker's own, LREM when done) costs a write more; so this is Redis at its fastest, not its safest.
 
@@ -291,9 +291,10 @@ def redis_worker(port, tally):
         data = yield resp(b"LPUSH", tag[1:9], result(tag)) + pop
 
 
-# -- Gearman -------------------------------------------------------------------------------------------------------------
+# -- Gearman ---------------------------------------------------------------------------------------------------------
 
-CAN_DO, PRE_SLEEP, NOOP, SUBMIT_JOB, JOB_CREATED, GRAB_JOB, NO_JOB, JOB_ASSIGN, WORK_COMPLETE = 1, 4, 6, 7, 8, 9, 10, 11, 13
+CAN_DO, PRE_SLEEP, NOOP, SUBMIT_JOB, JOB_CREATED = 1, 4, 6, 7, 8
+GRAB_JOB, NO_JOB, JOB_ASSIGN, WORK_COMPLETE = 9, 10, 11, 13
 HEADER = struct.Struct(">4sII")
 
 

@@ -33,7 +33,7 @@ def arguments():
     parser.add_argument("--long", action="store_true", help="the heavy figures too")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side of a comparison (default 3)")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a run (default 2)")
-    parser.add_argument("--server", type=Path, help="the jobqueue.py to measure (default: the one of this folder's parent)")
+    parser.add_argument("--server", type=Path, help="the jobqueue.py to measure")
     parser.add_argument("--scratch", type=Path, default="/var/tmp", help="where data folders go; must be a real disk")
     parser.add_argument("--out", type=Path, help="where the results go (default bench/results.json)")
     return parser.parse_args()
@@ -64,7 +64,8 @@ def table(lines):
     """The lines as a Markdown table, padded so that it reads well in a terminal too."""
     lines = [HEAD, *lines]
     widths = [max(len(cells[column]) for cells in lines) for column in range(len(HEAD))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |" for cells in lines]
+    padded = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in lines]
+    text = ["| " + " | ".join(cells) + " |" for cells in padded]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)
 
@@ -86,7 +87,8 @@ def run_row(name, options, out):
 
 def as_json(figure):
     """A figure for results.json."""
-    kept = ("row", "name", "unit", "ours", "peer", "theirs", "ratio", "at_least", "aim", "judged", "less_is_better", "reached")
+    kept = ["row", "name", "unit", "ours", "peer", "theirs", "ratio", "at_least", "aim"]
+    kept += ["judged", "less_is_better", "reached"]
     return {name: getattr(figure, name) for name in kept} | {"notes": figure.notes}
 
 
@@ -131,7 +133,7 @@ def main():
     load.raise_file_limit()
     versions, machine = peers.versions(), peers.machine()
     if machine["filesystem"] in ("tmpfs", "ramfs"):
-        print(f"{args.scratch} is in memory: a sync costs nothing there. Use --scratch with a folder on a disk.", file=sys.stderr)
+        print(f"{args.scratch} is in memory, a sync is free there: use --scratch DIR on a disk", file=sys.stderr)
     out = {"figures": [], "failures": {}}
     began, at = time.time(), os.getloadavg()[0]
     for name in names:

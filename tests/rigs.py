@@ -47,7 +47,7 @@ def needs_root():
 # has imported what the module imports forks a child for each start; it runs the file from its first line.
 
 _PARENT = r"""
-import ast, importlib, json, os, signal, sys
+import ast, ctypes, importlib, json, os, signal, sys
 path = sys.argv[1]
 with open(path, encoding="utf-8") as file:
     tree = ast.parse(file.read(), path)
@@ -62,6 +62,7 @@ for name in sorted(names):
             pass        # another system's module
 def child(order):
     os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):

@@ -288,13 +288,18 @@ def test_a_failed_sync_stops_the_server_and_tells_those_who_wait(tmp_path, seed)
         load = Load(History(), seed)
         client = Client(load, server)
         held = [client.hold("") for _ in range(2)]
-        jobs = [job for _ in held for job in client.poll("wait=5&queue=default")]
+        jobs = []
+        while len(jobs) < len(held):
+            jobs += client.poll("wait=5")
         with traced(server, "fdatasync,fsync:error=EIO", paths=our_files(tmp_path / "data")):
             outcome_unknown(client.submit())
             server.wait()
         for thread, _ in held:
             thread.join(10)
-        assert {outcome_unknown(calls[0]) for _, calls in held} == {job["job_id"] for job in jobs}
+        # 202 is as good where the job is on the disk; whether that is so, the check below finds out.
+        answers = [calls[0] for _, calls in held]
+        told = {call.answer["job_id"] if call.status == 202 else outcome_unknown(call) for call in answers}
+        assert told == {job["job_id"] for job in jobs}
         stopped_by_the_disk(server)
         server = starts.start()
         for job in jobs:

@@ -1,14 +1,17 @@
 """The fuzzer of fuzz_http.py against a server process; JOBQUEUE_SEED=N runs the same messages again."""
 
 import os
+import random
+import subprocess
 
 import pytest
-from fuzz_http import CANARY, outline, run
+from fuzz_http import CANARY, message_of, outline, run, send
 from http_cases import CASES, KEEPS
 
 from support import start_server
 
 SECONDS = 10
+ROUNDS = 8  # of which each loses it in one of ten cases, on a server that may lose it
 COUNT = int(os.environ.get("JOBQUEUE_FUZZ") or 5_000)  # at least, however slow the machine
 
 
@@ -34,6 +37,25 @@ def test_no_mutated_request_hangs_crashes_or_confuses_the_server(tmp_path, seed)
 @pytest.mark.long
 def test_none_of_a_million_mutated_requests_hangs_crashes_or_confuses_the_server(tmp_path, seed):
     fuzz(tmp_path, 1_000_000, seed, 0)
+
+
+def test_a_sigterm_amid_a_crowd_is_heard(tmp_path, seed):
+    """The kernel may give it to a thread that is just starting another, and Python's main thread sleeps on."""
+    for number in range(ROUNDS):
+        server = start_server(tmp_path, "--fsync", "never", "--grpc-port", "off", "--drain", "0")
+        address = ("127.0.0.1", server.port)
+        crowd = []
+        for one in range(random.Random(seed + number).randrange(150, 250)):
+            message = message_of(seed, one)
+            crowd.append(send(address, one, message, outline(message))[0])
+        server.terminate()
+        try:
+            assert server.process.wait(5) == 0
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"SIGTERM was lost in round {number}")
+        finally:
+            for connection in crowd:
+                connection.close()
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES])

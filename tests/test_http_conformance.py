@@ -20,6 +20,7 @@ from http_cases import ALLOWED, CASES, CLOSES, EITHER, GET, SMUGGLED, line, pars
 
 from support import grpc_stub, start_server, wait_until
 
+EVERY = 0.1  # seconds between two drops of a slow client
 DEADLINE = 10  # seconds, for any one connection; a hang is a failure
 SMALL = 2000  # bytes, up to which a case is also sent byte by byte
 TOKEN = "client-token-0123456789abcdef"
@@ -308,10 +309,17 @@ def test_a_request_behind_a_long_poll_is_answered_after_it(wire):
     assert answers[0].json()["payload"] == "job"
 
 
-def test_requests_before_a_half_close_are_answered(wire):
-    """RFC 9112 9.6: a client that has sent its last request may say so; the answer is still for it."""
-    answers = wire.answers(GET + GET, ends=True)
-    assert [answer.status for answer in answers] == [200, 200]
+NO_WAITING = [b"/health", b"/ready", b"/metrics", b"/openapi.json", b"/", b"/api/admin/stats", b"/api/jobs",
+              b"/api/jobs/none", b"/api/admin/next?queue=none", b"/api/admin/workers", b"/nowhere"]
+
+
+@pytest.mark.parametrize("path", NO_WAITING, ids=lambda path: path.decode())
+def test_what_waits_for_nobody_is_answered_behind_a_half_close(wire, path):
+    """RFC 9112 9.6: a client may say that it has sent its last request; the answers are still for it."""
+    get = line(b"GET " + path + b" HTTP/1.1")
+    for _ in range(20):
+        answers = wire.answers(get + get, ends=True)
+        assert len(answers) == 2 or len(answers) == 1 and answers[0].closes
 
 
 @pytest.mark.parametrize("part", range(0, 100, 7))
@@ -415,6 +423,20 @@ def test_a_client_that_sends_everything_first_can_read_its_413(wire):
     assert answers[0].closes
     assert answers[0].json()["code"] == "payload_too_large"
     assert not wire.jobs("whole") + wire.jobs("whole-canary")
+
+
+def test_a_refused_client_that_goes_on_sending_is_cut_off(wire):
+    """The stages of a close have an end too, or one client holds a connection for ever."""
+    with wire.connect() as connection:
+        connection.sendall(submit(b"Content-Length: 999999999\r\n"))
+        answers = parse_answers(read_to_end(connection))
+        assert [answer.status for answer in answers] == [413]
+        selector = selectors.DefaultSelector()  # only for its wait: the stream has ended, the drip goes on
+        deadline = time.monotonic() + DEADLINE
+        with selector, pytest.raises(ConnectionError):
+            while time.monotonic() < deadline:
+                connection.sendall(b"x")
+                selector.select(EVERY)
 
 
 def test_a_413_comes_before_the_body(wire):
@@ -582,7 +604,7 @@ def test_an_idempotency_key_adds_no_header_to_the_answer(wire, key):
         assert "x-injected" not in answer.headers
 
 
-PREFERENCES = [b"respond-async", b'respond-async; x="y"', b"wait=0", b"RESPOND-ASYNC, wait=5"]
+PREFERENCES = [b"respond-async", b'respond-async; x="y"', b"wait=0", b"RESPOND-ASYNC, wait=1"]
 
 
 @pytest.mark.parametrize("preference", PREFERENCES)
@@ -677,7 +699,6 @@ def test_a_body_that_is_not_text_arrives_whole(wire):
 
 # == Deadlines are absolute: dripping does not help
 
-EVERY = 0.1  # seconds between two drops
 DRIPPED = 6.0  # seconds that a dripping client would go on
 
 

@@ -436,7 +436,7 @@ ACCESS_COLUMNS = ("open", "nobody", "client", "worker", "admin", "site", NETWORK
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory: pytest.TempPathFactory, server: ServerProcess) -> dict[str, tuple[ServerProcess, dict[str, str]]]:
+def doors(tmp_path_factory: pytest.TempPathFactory, server: ServerProcess) -> dict[str, Any]:
     """Column of the access table -> the server to call and the headers to send."""
     folder = tmp_path_factory.mktemp("guarded")
     tokens = folder / "tokens"

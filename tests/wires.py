@@ -111,7 +111,7 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
 
 # -- JSON that is looked at without being parsed
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s"\[\]{},:]+', re.DOTALL)
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},:]|[^\s"\[\]{},:]+', re.DOTALL)
 
 
 def members(text: str) -> dict[str, str]:
@@ -458,7 +458,7 @@ def _as_members(result: bytes) -> dict[str, str]:
     except UnicodeDecodeError:
         return {"payload": json.dumps(base64.b64encode(result).decode()), "payload_encoding": '"base64"'}
     try:
-        json.loads(text)
+        json.loads(text, parse_constant=lambda name: int(name))  # NaN is no JSON
     except ValueError:
         text = json.dumps(text)
     return {"payload": text}
