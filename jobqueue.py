@@ -935,8 +935,8 @@ class Journal:
             self._start(self._reader, snapshot)
         except OSError as error:
             raise DiskError(
-                f"{self.path} could not be written and synced: {error.strerror or error}. What it holds is safe. Check the "
-                "disk and its space, then start again"
+                f"{self.path} could not be written and synced: {error.strerror or error}. What it holds is safe. Check "
+                "the disk and its space, then start again"
             ) from None
         self._committer.start()
 
@@ -2550,6 +2550,7 @@ class JobService:
 
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
         """Future of an Outcome."""
+        self.check_size(error.encode(), "error")
         return self.engine.fail(job_id, token, error[:65536], retry is not False, delay)
 
     def requeue_all(self, state: str, queue: str | None) -> int:
@@ -2947,7 +2948,7 @@ class HttpApi:
 
 
 def _from_base64(encoding: str, data: bytes) -> bytes:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         if encoding == "base64":
             return base64.b64decode(json.loads(data), validate=True)
     raise JobQueueError("invalid_request", "with payload_encoding base64 the payload is a string of base64")

@@ -71,11 +71,15 @@ def main() -> None:
         except jobqueue.JobQueueError as error:
             print(f"{error.code}: {error.detail}")
 
-        # From outside, over HTTP; and a job that is cancelled while it runs.
-        job_id = over_http(server, "POST", "/api/submit?queue=long&wait=0", b"count")["job_id"]
+        # A job that is cancelled while it runs.
+        job_id = server.submit("count", queue="long").job_id
         started.wait(30)
-        print(over_http(server, "DELETE", f"/api/jobs/{job_id}")["message"])
+        server.cancel(job_id)
         given_up.wait(30)
+        print(server.job(job_id)["status"])
+
+        # From outside, over HTTP.
+        print(over_http(server, "POST", "/api/submit?queue=sums", b"[1, 2, 3]")["payload"])
 
         server.stop()  # what the end of the `with` block does too; the worker's loop ends by it
         worker.join()

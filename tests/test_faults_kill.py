@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from checker import Cut, History, Load, Wire, check, clear
+from checker import Cut, History, Load, Wire, check, clear, payload_bytes, server_jobs
 from rigs import COMPACT, FIGURES, LATE_WRITE, LONG, QuickStarts, build_shim, grow, needs, our_files, traced
 from support import DidNotStart, call, wait_until
 
@@ -175,6 +175,30 @@ def test_a_key_names_the_same_job_after_kill_9(tmp_path):
         assert again.headers["idempotent-replayed"] == "true"
         other = call(server.url, "POST", "/api/submit?wait=0", b"y", key)
         assert (other.status, other.json()["code"]) == (422, "key_reused")
+
+
+def test_a_batch_of_which_a_part_was_written_is_not_there_at_all(tmp_path):
+    """A crash may leave a part of what one commit wrote; of a batch that must not become a part of its jobs."""
+    journal, payloads = tmp_path / "data" / "journal.jsonl", [f"payload {number}" for number in range(4)]
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        before = journal.stat().st_size
+        headers = {"Content-Type": "application/x-ndjson"}
+        answer = call(server.url, "POST", "/api/jobs", "\n".join(payloads), headers)
+        assert answer.status == 202, answer
+        server.kill()
+        whole = journal.read_bytes()
+        places = {whole.find(f"payload {number}".encode()) for number in range(1, 4)}  # within the later jobs
+        places |= {whole.find(b"\n", place) + 1 for place in places}  # after them
+        places |= {before, before + 1, whole.find(b"\n", before), whole.find(b"\n", before) + 1}
+        for place in sorted(places):
+            shutil.rmtree(tmp_path / "data")
+            journal.parent.mkdir()
+            journal.write_bytes(whole[:place])
+            server = starts.start()
+            jobs = [payload_bytes(job).decode() for job in server_jobs(server.port).values()]
+            assert jobs in ([], payloads[::-1]), f"cut at {place - before} of {len(whole) - before}"
+            server.kill()
 
 
 # == At every system call ====================================================================================

@@ -887,7 +887,7 @@ class EngineMachine(RuleBasedStateMachine):
         end = 0
         for line in data.splitlines(keepends=True):
             end += len(line)
-            seq, mark = map(int, re.match(rb'\{"crc":"........","seq":(\d+),"synced":(\d+),', line).groups())
+            seq, mark = map(int, re.match(rb'\{"crc":"........","seq":(-?\d+),"synced":(-?\d+),', line).groups())
             ends[seq], synced = end, max(synced, mark)
         cut = ends[synced] + round(at * (end - ends[synced]))
         last = max(seq for seq, end in ends.items() if end <= cut)
