@@ -384,6 +384,13 @@ class Job(NamedTuple):
     error: str | None = None
     record: int = 0  # of the journal: what an answer about this state has to wait for
 
+    def changed(self, **changes: Any) -> Job:
+        """As _replace does it, in a third of the time."""
+        values = list(self)
+        for name, value in changes.items():
+            values[_FIELD_INDEX[name]] = value
+        return Job._make(values)
+
     @property
     def size(self) -> int:
         """Bytes of what the client sent, and a rough figure for keeping it."""
@@ -393,6 +400,9 @@ class Job(NamedTuple):
     def final_size(self) -> int:
         """The same once it has ended."""
         return self.size + len(self.result or b"") + len(self.error or "")
+
+
+_FIELD_INDEX = {name: index for index, name in enumerate(Job._fields)}
 
 
 def state_after(job: Job, verb: str) -> str:
@@ -407,7 +417,7 @@ def state_after(job: Job, verb: str) -> str:
 
 def moved(job: Job, verb: str, **changes: Any) -> Job:
     """The job after `verb`; raises JobQueueError when its state does not allow that."""
-    return job._replace(state=state_after(job, verb), **changes)
+    return job.changed(state=state_after(job, verb), **changes)
 
 
 def retry_delay(failures: int) -> float:
@@ -578,12 +588,13 @@ class Future:
     wait and a caller who hangs up never settle it twice. A caller leaves by `cancel`, which takes no other lock.
     """
 
-    __slots__ = ("_state", "_value", "_callbacks", "job_id")
+    __slots__ = ("_state", "_value", "_callbacks", "job_id", "left")
     _lock = threading.Lock()  # one for all futures: it is held for a few instructions at a time
 
     def __init__(self) -> None:
         self._state, self._value, self._callbacks = _PENDING, None, ()
         self.job_id: str | None = None  # of the job that this is about, where it is one
+        self.left: list[None] | None = None  # gets an entry when the caller leaves
 
     def claim(self) -> bool:
         """Take the right to answer; False when it is claimed, answered or cancelled."""
@@ -595,7 +606,10 @@ class Future:
 
     def cancel(self) -> bool:
         """The caller no longer waits; False when the answer is on its way or there."""
-        return self._end(_CANCELLED, None, _PENDING)
+        left = self._end(_CANCELLED, None, _PENDING)
+        if left and self.left is not None:
+            self.left.append(None)
+        return left
 
     def set_result(self, value: Any) -> None:
         """Answer; an exception as the value is raised to the caller. No effect when it has ended."""
@@ -1013,20 +1027,25 @@ class Journal:
             if self._reserve.spent and not urgent and not self._reserve.fill():
                 raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
             data = journal_line(self.seq + 1, self.synced, body)
-            self._write(data, urgent)
+            try:
+                _write_all(self._file, data)
+            except OSError as error:
+                self._refuse(error, data, urgent)
             self.seq += 1
             self.size += len(data)
             return self.seq
 
-    def _write(self, data: bytes, urgent: bool) -> None:
-        try:
-            _write_all(self._file, data)
-        except OSError as error:
-            self._cut()
-            log.error("write_failed file=%s error=%s", self.path, error)
-            if urgent and error.errno in (errno.ENOSPC, errno.EDQUOT) and self._reserve.spend():
-                return self._write(data, False)
-            raise JobQueueError("disk_full", f"the disk did not take it: {error.strerror}") from None
+    def _refuse(self, error: OSError, data: bytes, urgent: bool) -> None:
+        """A write failed: nothing of it stays. Once more, where the reserve makes room for it; else raise."""
+        self._cut()
+        log.error("write_failed file=%s error=%s", self.path, error)
+        if urgent and error.errno in (errno.ENOSPC, errno.EDQUOT) and self._reserve.spend():
+            try:
+                return _write_all(self._file, data)
+            except OSError as again:
+                self._cut()
+                error = again
+        raise JobQueueError("disk_full", f"the disk did not take it: {error.strerror}")
 
     def _cut(self) -> None:
         """Cut a half-written record off, or stop: what stands behind it would be unreadable."""
@@ -1460,12 +1479,15 @@ def _verb(method: Callable) -> Callable:
                 try:
                     return method(self, *args)
                 finally:
-                    self._round_off()
+                    if self._due or self._drained is not None or self.journal.size > self._compact_size:
+                        self._round_off()
         finally:
             while self._ready:
-                with contextlib.suppress(IndexError):  # another thread was faster: each answer is taken once
+                try:
                     future, value = self._ready.popleft()
-                    future.set_result(value)
+                except IndexError:  # another thread was faster: each answer is taken once
+                    break
+                future.set_result(value)
 
     return call
 
@@ -1507,6 +1529,7 @@ class LocalEngine(Engine):
         self._counts = dict.fromkeys(STATES, 0)
         self._delays, self._leases, self._ttls, self._polls, self._holds = (Timers() for _ in range(5))
         self._kept = {False: collections.OrderedDict(), True: collections.OrderedDict()}  # failed? -> id -> deadline
+        self._forget_at = math.inf  # when the next of them has been kept for long enough
         self._watchers: dict[str, list[_Waiter]] = {}
         self._waiting = {"clients": 0, "workers": 0}
         self._gone: dict[str, list[None]] = {"clients": [], "workers": []}  # an entry for each that hung up
@@ -1515,6 +1538,7 @@ class LocalEngine(Engine):
         self._drained: Future | None = None
         self._closed = False
         self._compacting: threading.Thread | None = None
+        self._compact_size = settings.compact_bytes
         self._compact_again = 0.0  # not before
         self._inflation = 1.0  # bytes in the journal for a byte of live data: text is escaped there, binary is base64
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
@@ -1594,6 +1618,7 @@ class LocalEngine(Engine):
             self._order.add(job.number, job.id)
             if job.key is not None:
                 self._keys[job.key] = job.id
+            self._weigh(job, 1)
             if job.state in FINAL:
                 finished.append(job)
             else:
@@ -1615,7 +1640,7 @@ class LocalEngine(Engine):
 
     @_verb
     def submit(self, fields: dict[str, Any], wait: float | None, tied: bool = False) -> Future:
-        known = self._keys.get(fields["key"]) if fields["key"] is not None else None
+        known = self._keys.get(fields.get("key"))
         if known is not None:
             job = self._jobs[known]
             if (job.payload, job.queue) != (fields["payload"], fields["queue"]):
@@ -1623,7 +1648,8 @@ class LocalEngine(Engine):
             return self._tie(self._watch(job, wait, lambda job: (job, True)), known, tied)
         self._check_room(1, len(fields["payload"]))
         job, body = self._new_job(fields)
-        job = self._accept(job, self.journal.append('{"op":"submit",' + body[1:]))
+        self.journal.append('{"op":"submit",' + body[1:])
+        self._accept(job)
         return self._tie(self._watch(job, wait, lambda job: (job, False)), job.id, tied)
 
     @_verb
@@ -1637,7 +1663,7 @@ class LocalEngine(Engine):
             self._last_number = last
             raise
         for job, _ in made:
-            self._accept(job, seq)
+            self._accept(job)
         return self._promise([job.id for job, _ in made], seq)
 
     @_verb
@@ -1685,7 +1711,8 @@ class LocalEngine(Engine):
         seq = outcome.job.record
         if claim is None:
             return self._promise(outcome, seq, job_id)
-        return self._claim(claim, lambda jobs, error: (outcome._replace(next=jobs[0] if jobs else None), seq))
+        job, duplicate, _ = outcome
+        return self._claim(claim, lambda jobs, error: (Outcome(job, duplicate, jobs[0] if jobs else None), seq))
 
     @_verb
     def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
@@ -1871,7 +1898,7 @@ class LocalEngine(Engine):
         return job
 
     def _wall(self) -> int:
-        return microseconds(self._clock.time())
+        return int(self._clock.time() * 1_000_000)
 
     def _check_room(self, count: int, size: int) -> None:
         if self._drained is not None:
@@ -1889,22 +1916,22 @@ class LocalEngine(Engine):
         """The job, and its record."""
         wall = self._wall()
         self._last_number += 1
-        made = {"number": self._last_number, "id": _new_id(), "created": wall}
-        made.update(item for item in fields.items() if item[1] is not None)
-        if fields.get("delay"):
-            made.update(state="delayed", available=wall + microseconds(fields["delay"]))
-        if fields.get("ttl") is not None:
-            made["expires"] = wall + microseconds(fields["ttl"])
-        return Job(**made), json_text(pack({**made}))
+        made = {"number": self._last_number, "id": _new_id(), "created": wall, **fields}
+        if made.get("delay"):
+            made.update(state="delayed", available=wall + microseconds(made["delay"]))
+        if made.get("ttl") is not None:
+            made["expires"] = wall + microseconds(made["ttl"])
+        body = json_text(pack({**made}))
+        made["record"] = self.journal.seq + 1  # the one that is written next
+        return Job(**made), body
 
-    def _accept(self, job: Job, seq: int) -> Job:
+    def _accept(self, job: Job) -> None:
         self._totals["jobs_submitted_total"] += 1
-        job = job._replace(record=seq)
         self._order.add(job.number, job.id)
         if job.key is not None:
             self._keys[job.key] = job.id
+        self._weigh(job, 1)
         self._enter(job, self._clock.monotonic(), job.created)
-        return job
 
     def _change(self, job: Job, verb: str, urgent: bool = False, wall: int | None = None, **changes: Any) -> Job:
         """Write the record, then move the job: what the disk refused did not happen. `wall`: see _enter."""
@@ -1913,8 +1940,11 @@ class LocalEngine(Engine):
         if "result" in changes:
             pack(record)
         seq = self.journal.append(json_text(record), urgent=urgent)
-        new = job._replace(state=state, record=seq, **changes)
+        new = job.changed(state=state, record=seq, **changes)
         self._leave(job)
+        if state in FINAL or job.state in FINAL:
+            self._weigh(job, -1)
+            self._weigh(new, 1)
         self._enter(new, self._clock.monotonic(), wall)
         return new
 
@@ -1922,7 +1952,7 @@ class LocalEngine(Engine):
         """The end of each verb."""
         while self._due:
             self._offer(self._due.pop())
-        if self.journal.size > self._settings.compact_bytes:
+        if self.journal.size > self._compact_size:
             self._watch_size()
         if self._drained is not None and not self._counts["processing"]:
             self._ready.append((self._drained, True))
@@ -1934,11 +1964,15 @@ class LocalEngine(Engine):
             self._leases.cancel(job.id)
         elif job.state == "delayed":
             self._delays.cancel(job.id)
-        if job.state in FINAL:
+        elif job.state in FINAL:
             self._kept[job.state == "failed"].pop(job.id, None)
-            self._finished_bytes -= job.final_size
+
+    def _weigh(self, job: Job, sign: int) -> None:
+        """Count the bytes of a job that comes or goes."""
+        if job.state in FINAL:
+            self._finished_bytes += sign * job.final_size
         else:
-            self._unfinished_bytes -= job.size
+            self._unfinished_bytes += sign * job.size
 
     def _enter(self, job: Job, now: float, wall: int | None) -> None:
         """Put the job where its state belongs. `wall`: its times are new, or restored, and on the wall clock."""
@@ -1947,10 +1981,8 @@ class LocalEngine(Engine):
         lane.counts[job.state] += 1
         self._counts[job.state] += 1
         if job.state in FINAL:
-            self._finished_bytes += job.final_size
             self._finish_job(job, now, wall)
             return
-        self._unfinished_bytes += job.size
         if job.ttl is not None:
             if wall is not None:
                 self._ttl_ends[job.id] = now + _remaining(job.expires, job.ttl, wall)
@@ -1973,6 +2005,7 @@ class LocalEngine(Engine):
         keep = self._settings.keep_failed if failed else self._settings.keep_completed
         left = _remaining(job.finished + microseconds(keep), keep, wall) if wall else keep
         self._kept[failed][job.id] = now + left
+        self._forget_at = min(self._forget_at, now + left)
         self._wake_by(now + left)
         if wall:
             return
@@ -2004,9 +2037,11 @@ class LocalEngine(Engine):
     def _forget_old(self, now: float) -> None:
         """Drop finished jobs that are past their time, or too many, or too large together; the oldest first."""
         kept, settings = self._kept, self._settings
-        for jobs in kept.values():
-            while jobs and next(iter(jobs.values())) <= now:
-                self._forget(next(iter(jobs)))
+        if now >= self._forget_at:
+            for jobs in kept.values():
+                while jobs and next(iter(jobs.values())) <= now:
+                    self._forget(next(iter(jobs)))
+            self._forget_at = min((next(iter(jobs.values())) for jobs in kept.values() if jobs), default=math.inf)
         while len(kept[False]) + len(kept[True]) > settings.keep_jobs or self._finished_bytes > settings.keep_bytes:
             heads = [next(iter(jobs)) for jobs in kept.values() if jobs]
             self._forget(min(heads, key=lambda job_id: self._jobs[job_id].finished))
@@ -2014,6 +2049,7 @@ class LocalEngine(Engine):
     def _forget(self, job_id: str) -> None:
         job = self._jobs.pop(job_id)
         self._leave(job)
+        self._weigh(job, -1)
         if job.key is not None and self._keys.get(job.key) == job_id:
             del self._keys[job.key]
         self._order.tidy(self._jobs)
@@ -2205,8 +2241,7 @@ class LocalEngine(Engine):
         """Count a waiter. One that hangs up takes no lock, since a crowd may leave at once: it leaves a mark, and when
         those that left are the most, they are swept out."""
         self._waiting[who] += 1
-        gone = self._gone[who]
-        future.add_done_callback(lambda future: gone.append(None) if future.cancelled() else None)
+        gone = future.left = self._gone[who]
         if len(gone) > 1000 + self._waiting[who] // 2:
             self._sweep(who)
 
@@ -2257,9 +2292,7 @@ class LocalEngine(Engine):
 
     def _set_alarm(self) -> None:
         self._alarm = min(timers.first() for timers, _ in self._verbs_at_due)
-        for kept in self._kept.values():
-            if kept:
-                self._alarm = min(self._alarm, next(iter(kept.values())))
+        self._alarm = min(self._alarm, self._forget_at)
 
     def _settle_due(self) -> None:
         """What the clock has brought, kind by kind; a full disk is tried again a second later."""
@@ -2429,6 +2462,7 @@ SUBMIT_PARAMETERS = {
     "wait": (_number(float, 0, DAY), "seconds to wait for the result; 0: answer 202 at once"),
     "on_disconnect": (_choice("cancel", "continue"), "what a client that hangs up means for its job"),
 }
+_JOB_OPTIONS = SUBMIT_PARAMETERS.keys() - {"wait", "on_disconnect"}
 CLAIM_PARAMETERS = {
     "queue": (_queues, "queues, comma-separated, in order; default: default"),
     "wait": (_WAIT, "seconds to wait for a job"),
@@ -2515,19 +2549,19 @@ class JobService:
 
     def _fields(self, payload: bytes, headers: str, options: dict[str, Any], key: str | None) -> dict[str, Any]:
         self.check_size(payload)
-        get = options.get
-        return {
-            "queue": get("queue", "default"),
-            "priority": get("priority", 0),
+        fields = {
+            "queue": "default",
+            "priority": 0,
             "payload": payload or b'""',
             "kind": kind_of(payload) if payload else "json",
             "headers": headers,
-            "attempts": get("attempts") or self.settings.attempts,
-            "lease": get("lease"),
-            "ttl": get("ttl"),
-            "delay": get("delay") or None,
-            "key": key,
+            "attempts": self.settings.attempts,
         }
+        if options:
+            fields.update((name, value) for name, value in options.items() if name in _JOB_OPTIONS)
+        if key is not None:
+            fields["key"] = key
+        return fields
 
     def complete(
         self, job_id: str, token: str | None, result: bytes, content_type: str | None = None, claim: Claim | None = None
@@ -2535,7 +2569,7 @@ class JobService:
         """Future of an Outcome; an empty result is {}."""
         self.check_size(result, "result")
         if content_type is not None and not _MEDIA_TYPE.fullmatch(content_type):
-            raise JobQueueError("invalid_parameter", f"Content-Type must be a media type, got {content_type[:200]!r}")
+            content_type = "application/octet-stream"  # whatever it is, the result is taken
         return self.engine.complete(job_id, token, *self._result(result), content_type, claim)
 
     @staticmethod
@@ -2707,7 +2741,9 @@ class HttpApi:
         """How long the client waits, and which preference (RFC 7240) says so. The query wins over the header."""
         if "wait" in request.parameters:
             return request.parameters["wait"], None
-        parts = [part.partition(";")[0].strip().lower() for part in request.headers.get("prefer", "").split(",")]
+        if "prefer" not in request.headers:
+            return None, None
+        parts = [part.partition(";")[0].strip().lower() for part in request.headers["prefer"].split(",")]
         for part in parts:
             if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,5})"?', part):
                 return min(float(match[1]), DAY), f"wait={match[1]}"
@@ -4177,7 +4213,7 @@ class Head:
     def __init__(self, block: bytes) -> None:
         self.fields = self._parse(block)
         get = self.fields.get
-        self.tokens = frozenset(word.strip().lower() for word in get("connection", "").split(","))
+        self.tokens = frozenset(word.strip(" \t").lower() for word in get("connection", "").split(","))
         self.forwarded = json_text(
             {
                 _canonical(name): value
@@ -4452,9 +4488,7 @@ class Connection:
 
     def _read_head(self) -> bool:
         buffer = self._buffer
-        if (
-            buffer[:2] == b"\r\n" and self._request is None
-        ):  # one empty line before a request is forgiven (RFC 9112, 2.2)
+        if buffer[0] == 13 and buffer[:2] == b"\r\n":  # an empty line before a request is forgiven (RFC 9112, 2.2)
             del buffer[:2]
         end = buffer.find(b"\r\n\r\n")
         settings = self._server.settings
@@ -4510,7 +4544,8 @@ class Connection:
         self._keep = "close" not in head.tokens and (self._version == 1 or "keep-alive" in head.tokens)
         if self._version == 0 and head.chunked:
             raise _bad_http("HTTP/1.0 has no Transfer-Encoding")
-        target = self._origin_form(target, head)
+        if target[0] != "/" or (head.host is None and self._version == 1):
+            target = self._origin_form(target, head)
         self._request, self._refusal = None, None
         limit = 65536
         try:
@@ -4521,11 +4556,9 @@ class Connection:
         self._frame(head, limit)
 
     def _origin_form(self, target: str, head: Head) -> str:
-        """The path and query; an absolute target must be of this host (RFC 9112, 3.2)."""
+        """The path and query of an absolute target, which must be of this host (RFC 9112, 3.2)."""
         if head.host is None and self._version == 1:
             raise _bad_http("HTTP/1.1 needs one Host header")
-        if target[0] == "/":
-            return target
         scheme = "https://" if self._server.tls else "http://"
         if target[: len(scheme)].lower() == scheme:
             host, slash, rest = target[len(scheme) :].partition("/")
@@ -4538,7 +4571,8 @@ class Connection:
         path, mark, query = target.partition("?")
         route, job_id = server.router.find(method, path)
         try:
-            server.admit(route, head)
+            if not head.trusted:
+                server.admit(route, head)
             if head.expect and head.expect != "100-continue" and self._version == 1:
                 raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
             request = Request()
@@ -4607,7 +4641,10 @@ class Connection:
             return
         self.state, self._later = _HELD, answer
         self._server.hold(self._request.route, 1)
-        answer.future.add_done_callback(self._ended)
+        if answer.future.done():
+            self._finish()
+        else:
+            answer.future.add_done_callback(self._ended)
 
     def _ended(self, future: Future) -> None:
         """Called in whatever thread has the answer."""
@@ -4659,14 +4696,13 @@ class Connection:
         server = self._server
         server.count(self._request, self._refusal, response.status, self._started, self)
         self._request, self._refusal, self._started, self._lingered = None, None, 0, 0
-        data = render(response, keep, server.date(), self._version)
+        data = render(response, keep, server.date, self._version)
         if self._is_head:
             data = data[: data.index(b"\r\n\r\n") + 4]
-        if self._write(data):
-            if keep:
-                self._set_deadline(server.now + server.settings.idle_timeout)
-            else:
-                self._linger()
+        if self._write(data) and not keep:
+            self._linger()
+        elif not self._out:
+            self._set_deadline(server.now + server.settings.idle_timeout)
 
     def _write(self, data: bytes) -> bool:
         """Send, or keep what the socket does not take; False when the connection is gone."""
@@ -4829,7 +4865,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.held, self.polling, self.stopping = 0, 0, False
         self.requests: dict[tuple[str, str, int], list[Any]] = {}
         self.now = clock.monotonic()
-        self._date = (0, "")
+        self._second, self.date = 0, ""  # the Date header of this second
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._awake = False
         self._wake_in, self._wake_out = socket.socketpair()
@@ -4860,7 +4896,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             # The clock of a test may run ahead of the selector's: look at the deadlines once a second at least.
             patience = None if self.timers.first() == math.inf else min(1.0, max(0.0, self.timers.first() - self.now))
             events = self.selector.select(patience)
-            self.now = self._clock.monotonic()
+            self._look_at_the_clock()
             for key, mask in events:
                 key.data(mask)
             while self._posted:
@@ -4942,8 +4978,6 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def admit(self, route: Route, head: Head) -> None:
         """Who may: by token; without tokens, whoever is not led here by a web page of another site."""
-        if head.trusted:
-            return
         if not self._access.open:
             self._access.check(head.fields.get("authorization"), route.scope)
             return
@@ -4988,11 +5022,12 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         answer = self.call(request)
         self.post(functools.partial(connection.take, answer))
 
-    def date(self) -> str:
+    def _look_at_the_clock(self) -> None:
+        """Once for all the events of one turn of the loop."""
+        self.now = self._clock.monotonic()
         second = int(self._clock.time())
-        if self._date[0] != second:
-            self._date = (second, email.utils.formatdate(second, usegmt=True))
-        return self._date[1]
+        if second != self._second:
+            self._second, self.date = second, email.utils.formatdate(second, usegmt=True)
 
     def count(
         self,
@@ -5959,10 +5994,13 @@ def serve(arguments: argparse.Namespace) -> int:
     def stop(*_: Any) -> None:
         (hurry if asked.is_set() else asked).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
         signal.signal(number, stop)
     server.when_failed(asked.set)
-    server.start()
+    # The server's threads take no signals: one that arrived in them, under load, was seen not to wake this thread.
+    with _blocked(signals):
+        server.start()
     gc.collect()
     gc.freeze()  # what was read from the journal is not garbage: no collection needs to look at it again
     _tell_systemd("READY=1")
@@ -5978,6 +6016,18 @@ def serve(arguments: argparse.Namespace) -> int:
     while stopping.is_alive() and not hurry.is_set():
         stopping.join(0.05)
     return EXIT_DISK if server.failed.is_set() else EXIT_OK
+
+
+@contextlib.contextmanager
+def _blocked(signals: Iterable[int]) -> Iterator[None]:
+    """Threads that are started inside do not get these signals."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def _tell_systemd(state: str) -> None:

@@ -359,11 +359,14 @@ class Load:
                 self.unsure_keys.append((payload, key))
 
     def poll(self, wire, query="wait=0.2", lease=2):
+        return list(self.poll_call(wire, query, lease).jobs)
+
+    def poll_call(self, wire, query, lease):
         call = Call("poll", time.monotonic(), lease=lease)
         self._call(wire, call, "GET", f"/api/worker/poll?lease={lease}&{query}")
         if call.ok and call.answer:
             call.jobs = call.answer.get("jobs", [call.answer]) if "jobs" in call.answer else [call.answer]
-        return list(call.jobs)
+        return call
 
     def complete(self, wire, job, result=None, query=""):
         """Hand in a result; where no answer comes, remember to hand in the same again."""
@@ -421,6 +424,11 @@ class Load:
         path = f"/api/worker/{kind}/{job['job_id']}?lease_token={job['lease_token']}{query}"
         return self._call(wire, call, "POST", path, body)
 
+    def cancel(self, wire, job_id):
+        """Cancel a job; return the call."""
+        call = Call("cancel", time.monotonic(), job_id=job_id)
+        return self._call(wire, call, "DELETE", f"/api/jobs/{job_id}")
+
     def _settle(self, wire):
         """Hand in what got no answer before, and the late ones whose lease is over by now."""
         with contextlib.suppress(IndexError):
@@ -468,8 +476,7 @@ class Load:
     def _client_cancel(self, wire, rng):
         call = self.submit(wire, "&wait=0&delay=0.1", new_payload(rng, self.seed))
         for job_id in call.job_ids:
-            cancel = Call("cancel", time.monotonic(), job_id=job_id)
-            self._call(wire, cancel, "DELETE", f"/api/jobs/{job_id}")
+            self.cancel(wire, job_id)
 
     def _client_delayed(self, wire, rng):
         self.submit(wire, f"&wait=0&delay={rng.uniform(0.05, 0.5):.2f}", new_payload(rng, self.seed))

@@ -58,6 +58,22 @@ def test_kill_9_under_load_loses_nothing_acknowledged(tmp_path, seed):
         shutil.rmtree(work)
 
 
+def test_a_clean_stop_under_load_loses_nothing_acknowledged(tmp_path, seed):
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed)
+        for _ in range(3):
+            server = starts.start("--drain", "0.5")
+            load.start(server.port)
+            enough = len(load.history.calls) + 200
+            wait_until(lambda enough=enough: len(load.history.calls) >= enough, what="the load to run")
+            assert server.stop() == 0, server.log()
+            load.stop()
+        server = starts.start()
+        assert "unclean" not in server.log(), server.log()
+        load.drain(server.port)
+        assert check(load.history, server.port)["completed"] > 50
+
+
 def test_an_acknowledged_clear_holds_after_kill_9(tmp_path, seed):
     rng = random.Random(seed)
     with QuickStarts(tmp_path) as starts:
@@ -178,7 +194,7 @@ def test_a_key_names_the_same_job_after_kill_9(tmp_path):
 
 
 def test_a_batch_of_which_a_part_was_written_is_not_there_at_all(tmp_path):
-    """A crash may leave a part of what one commit wrote; of a batch that must not become a part of its jobs."""
+    """A crash may leave a part of what was written; of a batch it must not become a part of its jobs."""
     journal, payloads = tmp_path / "data" / "journal.jsonl", [f"payload {number}" for number in range(4)]
     with QuickStarts(tmp_path) as starts:
         server = starts.start()

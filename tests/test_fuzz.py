@@ -5,9 +5,9 @@ import random
 import subprocess
 
 import pytest
+
 from fuzz_http import CANARY, message_of, outline, run, send
 from http_cases import CASES, KEEPS
-
 from support import start_server
 
 SECONDS = 10

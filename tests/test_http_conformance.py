@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass, field
 
 import pytest
-from http_cases import ALLOWED, CASES, CLOSES, EITHER, GET, SMUGGLED, line, parse_answers, submit, with_fields
 
+from http_cases import ALLOWED, CASES, CLOSES, EITHER, GET, SMUGGLED, line, parse_answers, submit, with_fields
 from support import grpc_stub, start_server, wait_until
 
 EVERY = 0.1  # seconds between two drops of a slow client

@@ -6,12 +6,11 @@ exactly the jobs that the model has. A failure is shrunk to the shortest story t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
+import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -290,6 +289,11 @@ ADMINISTRATION = [
     "clear",
 ]
 RETRIES = [(True, None), (True, 0), (True, 0), (True, 2.5), (False, None)]
+AFTER = {
+    "ripen": "pending", "lease": "processing", "extend": "processing", "complete": "completed", "fail": "failed",
+    "retry": "delayed", "retry_now": "pending", "release": "pending", "give_back": "pending", "lapse": "pending",
+    "expire": "expired", "cancel": "cancelled", "requeue": "pending",
+}  # fmt: skip
 TAILS = {"nothing": b"", "zeros": bytes(500), "garbage": b"garbage\nmore", "half a line": b'{"crc":"'}
 STEPS_OF_TIME = ["next", "next", "before", "after", 0.5, 1.0, 3.0, 10.0, 40.0, 250.0]
 
@@ -313,16 +317,27 @@ class EngineMachine(RuleBasedStateMachine):
         self.model = Model(self.clock)
         self.engine = self.open(self.root / "0")
         self.order = itertools.count()
-        # The model after each verb of this run, by the number of the last record; 0: as this run began.
-        self.saved: dict[int, tuple] = {0: self.model.copy()}
-        self.batches: list[list[str]] = []
-        self.lately = 0  # steps since the last restart, which costs as much as ten of them
-        self.remember()
+        self.saved: dict[int, tuple] = {}  # the model after each verb of this run, by the number of the last record
+        self.batches: list[list[str]] = []  # of this run
+        self.begin()
 
     def open(self, folder: Path) -> jobqueue.LocalEngine:
         settings = copy.copy(SETTINGS)
         settings.data_dir = str(folder)
         return jobqueue.LocalEngine(settings, self.clock)
+
+    def begin(self) -> None:
+        """The first record of a run only says that it began."""
+        self.saved = {self.engine.journal.synced - 1: self.model.copy()}
+        self.batches = []
+        self.lately = 0  # steps since the last restart, which costs as much as ten of them
+
+    def wait_for_compaction(self) -> None:
+        """So that the same story gives the same file; what happens meanwhile is tested elsewhere."""
+        if self.engine.journal.size > SETTINGS.compact_bytes:
+            for thread in threading.enumerate():
+                if thread.name == "jobqueue-compact":
+                    thread.join()
 
     def remember(self) -> None:
         self.saved[self.engine.journal.seq] = self.model.copy()
@@ -362,6 +377,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.model.settle()
         jobs, cursor = self.engine.jobs(None, None, 1_000, None)
         assert cursor is None
+        self.wait_for_compaction()
         self.see_polls()
         self.forget({job.id for job in jobs})
         expected = sorted(self.model.jobs.values(), reverse=True)
@@ -854,18 +870,15 @@ class EngineMachine(RuleBasedStateMachine):
         """A clean stop, a kill -9, or a power cut that leaves the file cut anywhere behind what was synced."""
         folder = self.root / str(next(self.folders) + 1)
         old = Path(self.engine.journal.folder)
-        lost = False
+        self.settle_both()
         if how == "stop":
             self.close()
             old.rename(folder)
         else:
-            self.settle_both()
             folder.mkdir()
             data = (old / "journal.jsonl").read_bytes()
-            with contextlib.suppress(OSError):
-                (folder / "journal.jsonl.new").write_bytes((old / "journal.jsonl.new").read_bytes())
             if how == "torn":
-                data, lost = self.tear(data, at, TAILS[tail])
+                data = self.tear(data, at) + TAILS[tail]
             (folder / "journal.jsonl").write_bytes(data)
             self.close()
             shutil.rmtree(old)
@@ -873,58 +886,61 @@ class EngineMachine(RuleBasedStateMachine):
         # Another boot: the monotonic clock counts from elsewhere, and somebody may have set the wall clock.
         self.clock = self.model.clock = StillClock(self.clock.now % 977 + 10, self.clock.time() + away)
         self.engine = self.open(folder)
-        if lost:
-            self.adopt()
-        self.saved = {0: self.model.copy()}
-        self.batches.clear()
-        self.lately = 0
+        self.begin()
         self.restored()
         self.check()
 
-    def tear(self, data: bytes, at: float, tail: bytes) -> tuple[bytes, bool]:
-        """Cut the file, set the model back to what the file then holds; True where that is in the middle of a verb."""
-        ends, synced = {}, 0
-        end = 0
+    def tear(self, data: bytes, at: float) -> bytes:
+        """Cut the file behind what was synced, and set the model back to what it then holds."""
+        ends, records, end, synced, compacted = {}, {}, 0, 0, 0
         for line in data.splitlines(keepends=True):
+            record = json.loads(line)
             end += len(line)
-            seq, mark = map(int, re.match(rb'\{"crc":"........","seq":(-?\d+),"synced":(-?\d+),', line).groups())
-            ends[seq], synced = end, max(synced, mark)
+            ends[record["seq"]], records[record["seq"]] = end, record
+            synced = max(synced, record["synced"])
+            if record["op"] in ("journal", "meta", "job"):
+                compacted = record["seq"]
         cut = ends[synced] + round(at * (end - ends[synced]))
         last = max(seq for seq, end in ends.items() if end <= cut)
         known = max(seq for seq in self.saved if seq <= last)
+        if known < compacted:  # those records are no longer there to go on from
+            last = known = min(seq for seq in self.saved if seq >= compacted)
+            cut = ends[last]
         self.model.put_back(self.saved[known])
-        self.following = self.saved[min((seq for seq in self.saved if seq > last), default=known)][0]
-        return data[:cut] + tail, known != last
-
-    def adopt(self) -> None:
-        """The cut is in the middle of a verb that wrote several records: each job is as it was before or as it is
-        after, or on the way between; a batch is there as a whole or not at all."""
-        model, jobs = self.model, {job.id: job for job in self.engine.jobs(None, None, 1_000, None)[0]}
+        for seq in range(max(known, compacted) + 1, last + 1):
+            self.redo(records[seq])
+        there = {record["id"] for seq, record in records.items() if record["op"] == "submit" and seq <= last}
         for ids in self.batches:
-            there = [job_id in jobs for job_id in ids]
-            new = [job_id not in model.jobs and job_id not in model.forgotten for job_id in ids]
-            assert not all(new) or all(there) or not any(there), "a part of a batch was accepted"
-        for job in jobs.values():
-            before, after = model.jobs.get(job.id) or model.forgotten.get(job.id), self.following.get(job.id)
-            assert before or after, "a job from nowhere"
-            base = before or after
-            model.jobs[job.id] = base._replace(
-                state=job.state, failures=job.failures, deliveries=job.deliveries, result=job.result, error=job.error,
-                token=job.token, ended_by=job.settled, lease_seconds=job.lease_seconds, delay=job.delay,
-                expires_wall=job.expires, due_wall=self.due_wall(job),
-            )  # fmt: skip
-        for job_id in model.jobs.keys() - jobs.keys():
-            # Forgotten since: by what was read back, or by the time that has passed.
-            assert model.jobs[job_id].state in FINAL or job_id not in self.following
-            model.forgotten[job_id] = model.jobs.pop(job_id)
-        stats = self.engine.stats()
-        model.all_paused = stats["paused"]
-        model.paused = {queue for queue, counts in stats["queues"].items() if counts["paused"]}
+            missing = [job_id for job_id in ids if job_id not in there]
+            assert ids[-1] not in missing or not set(ids) & there, "a part of a batch was accepted"
+        return data[:cut]
 
-    def due_wall(self, job: jobqueue.Job) -> int:
-        if job.state in FINAL:
-            return job.finished + microseconds(KEEP_FAILED if job.state == "failed" else KEEP)
-        return job.available or 0
+    def redo(self, record: dict[str, Any]) -> None:
+        """The cut is in the middle of a verb that wrote several records: those that are whole took effect."""
+        model, verb = self.model, record["op"]
+        if verb == "clear":
+            self.cleared()
+        elif verb == "pause":
+            self.set_paused(record["queue"], record["paused"])
+        elif verb == "submit":
+            fields = {name: record[name] for name in Job._fields if name in record}
+            fields["payload"] = record["payload"].encode()
+            job = Job(**{"lease": None, "ttl": None, "key": None, "state": "pending", **fields})
+            model.jobs[job.id] = job._replace(due_wall=record.get("available", 0), expires_wall=record.get("expires"))
+        elif "id" in record:
+            job = model.jobs.get(record["id"]) or model.forgotten.pop(record["id"])
+            names = ("failures", "deliveries", "error", "token", "lease_seconds", "delay")
+            changes = {name: record[name] for name in names if name in record}
+            job = model.set(job, state=AFTER[verb], ended_by=record.get("settled", job.ended_by), **changes)
+            if "result" in record:
+                job = model.set(job, result=record["result"].encode())
+            if "expires" in record:
+                job = model.set(job, expires_wall=record["expires"])
+            if job.state in FINAL:
+                keep = microseconds(KEEP_FAILED if job.state == "failed" else KEEP)
+                model.set(job, due_wall=record["finished"] + keep)
+            elif job.state == "delayed":
+                model.set(job, due_wall=record["available"])
 
     def restored(self) -> None:
         """A job that was forgotten for being one too many may come back, since nobody wrote that down."""

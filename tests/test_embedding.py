@@ -1,0 +1,528 @@
+"""A queue in a program: jobqueue.Server, submit and its Future, jobs() and what may be done with one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import jobqueue
+from support import ROOT, FakeClock, wait_until
+from wires import WORKERS, Client, later, ok
+
+HTTP = WORKERS["http"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(name, **settings): a running server without gRPC, on a data folder of that name."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(name="data", **settings):
+            settings = {"grpc_port": None, "clock": FakeClock(), **settings}
+            server = jobqueue.Server(data_dir=tmp_path / name, port=0, **settings)
+            stack.enter_context(server)
+            stack.callback(server.stop, drain=0)
+            return server
+
+        yield begin
+
+
+@pytest.fixture
+def serve():
+    """serve(server, work, *queues): a thread that does work(job) with each job until the server stops."""
+
+    def begin(server, work, *queues, **options):
+        def run():
+            for job in server.jobs(*queues, **options):
+                work(job)
+
+        return later(run)
+
+    return begin
+
+
+# == The example
+
+
+def test_the_example_of_the_contract_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jobqueue.Server(data_dir="data", port=0, grpc_port=None) as server:
+        worker = later(lambda: HTTP(server).complete(HTTP(server).poll(wait=20), b'{"y": 2}'))
+        result = server.submit(b'{"x": 1}').result(timeout=30)
+        worker.result(10)
+    assert result == b'{"y": 2}'
+    assert (tmp_path / "data").is_dir()
+
+
+# == The server
+
+
+def test_port_0_takes_a_free_port_and_says_which(start):
+    first, second = start("a", grpc_port=0), start("b", grpc_port=0)
+    ports = {first.port, second.port, first.grpc_port, second.grpc_port}
+    assert len(ports) == 4
+    assert 0 not in ports
+    assert first.url == f"http://127.0.0.1:{first.port}"
+    assert Client(first).call("GET", "/health").json()["status"] == "ok"
+
+
+def test_without_a_grpc_port_there_is_no_grpc(start):
+    assert start(grpc_port=None).grpc_port is None
+
+
+def test_several_servers_in_one_process_know_nothing_of_each_other(start):
+    servers = [start(name, grpc_port=0) for name in ("a", "b", "c")]
+    futures = [server.submit(b"%d" % number) for number, server in enumerate(servers)]
+    for number, server in enumerate(servers):
+        for kind in WORKERS.values():
+            worker = kind(server)
+            job = worker.poll()
+            if worker.wire == "http":
+                assert job.payload == str(number)
+                worker.release(job)
+            else:
+                worker.complete(job, b'"%d"' % (number * 10))
+    assert [future.result(10) for future in futures] == [b'"0"', b'"10"', b'"20"']
+    servers[0].stop(drain=0)
+    assert Client(servers[1]).call("GET", "/health").status == 200
+
+
+def test_a_server_keeps_its_jobs_for_the_next_one_on_its_folder(start):
+    first = start()
+    job_id = Client(first).put(b"kept")
+    first.stop(drain=0)
+    assert Client(start()).view(job_id)["payload"] == "kept"
+
+
+def test_a_data_folder_that_is_in_use_is_refused_and_named(start, tmp_path):
+    first = start()
+    with pytest.raises(Exception, match="data") as no:
+        start()
+    assert str(tmp_path / "data") in str(no.value)
+    assert Client(first).call("GET", "/health").status == 200
+
+
+def test_a_port_that_is_taken_is_refused_and_named(start, tmp_path):
+    first = start("a")
+    taken = jobqueue.Server(data_dir=tmp_path / "b", port=first.port, grpc_port=None)
+    with pytest.raises(OSError, match=str(first.port)):
+        taken.start()
+    # The folder is free again, and nothing of the failed start is left.
+    assert Client(start("b")).call("GET", "/health").status == 200
+
+
+@pytest.mark.parametrize("settings, names", [
+    ({"lease": 0}, "lease"), ({"lease": "long"}, "43200"), ({"attempts": 101}, "100"), ({"fsync": "x"}, "always"),
+    ({"portt": 1}, "portt"), ({"port": -1}, "port"), ({"port": 70_000}, "65535"), ({"max_payload": -1}, "max_payload"),
+    ({"host": "0.0.0.0"}, "insecure"),
+], ids=str)
+def test_a_setting_that_is_unknown_or_malformed_is_named_and_what_would_do(tmp_path, settings, names):
+    with pytest.raises(ValueError, match=names):
+        jobqueue.Server(**{"data_dir": tmp_path / "data", "port": 0, "grpc_port": None, **settings}).start()
+    assert not (tmp_path / "data" / "journal.jsonl").exists()
+
+
+def test_starting_and_stopping_leaves_no_thread_and_no_file_open(tmp_path):
+    def cycle(number):
+        with jobqueue.Server(data_dir=tmp_path / str(number), port=0, grpc_port=0, clock=FakeClock()) as server:
+            future = server.submit(b"1")
+            HTTP(server).complete(HTTP(server).poll(), b"2")
+            assert future.result(10) == b"2"
+            server.stop(drain=0)
+
+    def ours():
+        return {thread for thread in threading.enumerate() if "jobqueue" in thread.name}
+
+    def files():
+        return {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                if os.path.exists(f"/proc/self/fd/{fd}")}
+
+    cycle(0)
+    threads = ours()
+    for number in range(1, 4):
+        cycle(number)
+    wait_until(lambda: not ours() - threads, what="the threads to end")
+    assert not [name for name in files() if str(tmp_path) in name]
+
+
+def test_stop_may_be_called_twice_and_before_the_start(tmp_path, start):
+    jobqueue.Server(data_dir=tmp_path / "never", port=0, grpc_port=None).stop()
+    server = start()
+    server.stop(drain=0)
+    server.stop(drain=0)
+
+
+def test_signals_are_left_alone(start):
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1, signal.SIGCHLD)
+    before = [signal.getsignal(kind) for kind in kinds]
+    server = start(grpc_port=0)
+    assert [signal.getsignal(kind) for kind in kinds] == before
+    server.stop(drain=0)
+    assert [signal.getsignal(kind) for kind in kinds] == before
+
+
+def test_it_runs_in_any_thread(tmp_path):
+    def run():
+        with jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=0, clock=FakeClock()) as server:
+            future = server.submit(b"1")
+            HTTP(server).complete(HTTP(server).poll(), b"2")
+            return future.result(10)
+
+    assert later(run).result(10) == b"2"
+
+
+PROGRAM = """
+import jobqueue, sys, threading
+with jobqueue.Server(data_dir=sys.argv[1], port=0, grpc_port=0) as server:
+    def work():
+        for job in server.jobs("default"):
+            if job.payload == b"bad":
+                job.fail("no", retry=False)
+            else:
+                job.complete(job.payload[::-1])
+    worker = threading.Thread(target=work)
+    worker.start()
+    result = server.submit(b"abc").result(timeout=30)
+    try:
+        server.submit(b"bad").result(timeout=30)
+    except jobqueue.JobQueueError as error:
+        code = error.code
+worker.join(10)
+sys.exit(0 if (result, code, worker.is_alive()) == (b"cba", "job_failed", False) else 1)
+"""
+
+
+def test_nothing_is_printed_and_the_program_ends(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", PROGRAM, str(tmp_path / "data")]
+    began = time.monotonic()
+    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"", b"")
+    assert time.monotonic() - began < 20
+
+
+# == submit
+
+
+def test_the_result_is_the_workers_bytes(start):
+    server = start()
+    worker = HTTP(server)
+    pairs = [(b'{"x": 1.0}', b'{"y": 1.0, "y": 2}'), ("text ä", b"\xff\x00"), (b"", b"12345678901234567890"),
+             (b"\xfe", "ü\u2028".encode())]
+    for payload, result in pairs:
+        future = server.submit(payload)
+        job = worker.poll()
+        sent = payload.encode() if isinstance(payload, str) else payload
+        assert job.data == sent if sent == b"\xfe" else job.payload in (sent.decode(), f'"{sent.decode()}"')
+        worker.complete(job, result)
+        assert future.result(10) == result
+
+
+def test_an_empty_result_is_an_empty_object(start):
+    server = start()
+    future = server.submit(b"1")
+    HTTP(server).complete(HTTP(server).poll(), b"")
+    assert future.result(10) == b"{}"
+
+
+def test_a_submit_takes_the_options_of_the_http_route(start):
+    server = start()
+    client, worker = Client(server), HTTP(server)
+    server.submit(b"low", queue="q")
+    server.submit(b"high", queue="q", priority=9, lease=20, attempts=7, ttl=600, headers={"X-Trace-Id": "t"})
+    job = worker.poll(queue="q")
+    assert (job.payload, job.priority, job.lease_seconds, job.headers) == ('"high"', 9, 20, {"X-Trace-Id": "t"})
+    assert client.view(job.id)["attempts"] == 7
+    assert job.expires_at is not None
+    server.submit(b"later", queue="d", delay=60)
+    assert worker.poll(queue="d") is None
+    server.clock.advance(61)
+    assert worker.poll(queue="d", wait=300) is not None
+
+
+def test_a_key_attaches_a_submit_to_its_job(start):
+    server = start()
+    first, second = server.submit(b"work", key="k"), server.submit(b"work", key="k")
+    over_http = later(Client(server).submit, b"work", {"Idempotency-Key": "k"})
+    wait_until(lambda: Client(server).stats()["waiting_clients"] >= 1)
+    HTTP(server).complete(HTTP(server).poll(), b'"done"')
+    assert first.result(10) == second.result(10) == b'"done"'
+    assert over_http.result(10).json()["payload"] == "done"
+    assert Client(server).stats()["total"] == 1
+    with pytest.raises(jobqueue.JobQueueError) as no:
+        server.submit(b"other", key="k").result(10)
+    assert no.value.code == "key_reused"
+
+
+@pytest.mark.parametrize("options", [{"priority": 10}, {"queue": "a b"}, {"delay": -1}, {"ttl": "x"}, {"attempts": 0},
+                                     {"lease": 0.5}, {"prioritty": 1}], ids=str)
+def test_an_option_that_is_unknown_or_malformed_is_named(start, options):
+    server = start()
+    (name,) = options
+    with pytest.raises((ValueError, jobqueue.JobQueueError), match=name):
+        server.submit(b"1", **options).result(10)
+    assert Client(server).stats()["total"] == 0
+
+
+def test_a_payload_too_large_is_refused(start):
+    server = start(max_payload=10)
+    with pytest.raises(jobqueue.JobQueueError) as no:
+        server.submit(b"x" * 11).result(10)
+    assert no.value.code == "payload_too_large"
+    assert Client(server).stats()["total"] == 0
+
+
+def test_a_result_that_takes_too_long_is_a_timeout_and_the_job_goes_on(start):
+    server = start()
+    future = server.submit(b"1")
+    with pytest.raises(TimeoutError):
+        future.result(timeout=0.05)
+    HTTP(server).complete(HTTP(server).poll(), b'"late"')
+    assert future.result(10) == b'"late"'
+
+
+def test_the_end_without_a_result_is_an_error_with_its_code(start):
+    server = start()
+    client, worker = Client(server), HTTP(server)
+    failed, cancelled = server.submit(b"1", queue="f"), server.submit(b"1", queue="c")
+    expired = server.submit(b"1", ttl=5)
+    worker.fail(worker.poll(queue="f"), "the worker's words", retry=False)
+    server.clock.advance(6)
+    client.cancel(client.call("GET", "/api/jobs", queue="c").json()["jobs"][0]["job_id"])
+    cleared = server.submit(b"1")
+    for future, code in ((failed, "job_failed"), (expired, "job_expired"), (cancelled, "job_cancelled")):
+        with pytest.raises(jobqueue.JobQueueError) as no:
+            future.result(10)
+        assert no.value.code == code
+        assert no.value.job_id
+    ok(client.call("DELETE", "/api/admin/clear"))
+    with pytest.raises(jobqueue.JobQueueError) as no:
+        cleared.result(10)
+    assert no.value.code == "job_cleared"
+    with pytest.raises(jobqueue.JobQueueError, match="the worker's words"):
+        failed.result(10)
+
+
+def test_a_stop_tells_those_who_wait_and_the_job_goes_on_after_a_restart(start):
+    server = start()
+    future = server.submit(b"1", key="k")
+    server.stop(drain=0)
+    with pytest.raises(jobqueue.JobQueueError) as no:
+        future.result(10)
+    assert no.value.code == "draining"
+    again = start()
+    future = again.submit(b"1", key="k")
+    job = HTTP(again).poll()
+    assert job.id == no.value.job_id
+    HTTP(again).complete(job, b'"done"')
+    assert future.result(10) == b'"done"'
+
+
+def test_a_submit_to_a_stopped_server_is_refused(start):
+    server = start()
+    server.stop(drain=0)
+    with pytest.raises(jobqueue.JobQueueError):
+        server.submit(b"1").result(10)
+
+
+def test_a_result_is_on_disk_when_its_future_has_it(start, tmp_path):
+    server = start()
+    future = server.submit(b'"the payload 7f3a"')
+    HTTP(server).complete(HTTP(server).poll(), b'"the result 9c1d"')
+    future.result(10)
+    journal = (tmp_path / "data" / "journal.jsonl").read_bytes()
+    assert b"the payload 7f3a" in journal and b"the result 9c1d" in journal
+
+
+def test_futures_are_those_of_the_standard_library(start, serve):
+    server = start()
+    working = serve(server, lambda job: job.complete(job.payload * 2))
+    futures = {server.submit(b"%d" % number): number for number in range(10)}
+    done, waiting = concurrent.futures.wait(futures, timeout=10)
+    assert (len(done), waiting) == (10, set())
+    assert all(future.result() == b"%d" % number * 2 for future, number in futures.items())
+    called = threading.Event()
+    server.submit(b"1").add_done_callback(lambda _future: called.set())
+    assert called.wait(10)
+
+    async def ask():
+        return await asyncio.gather(*[asyncio.wrap_future(server.submit(b"%d" % number)) for number in range(5)])
+
+    assert asyncio.run(ask()) == [b"%d" % number * 2 for number in range(5)]
+    server.stop(drain=0)
+    working.result(10)
+
+
+def test_a_callback_may_submit_again(start, serve):
+    server = start()
+    serve(server, lambda job: job.complete(job.payload))
+    results = []
+
+    def again(future):
+        results.append(future.result())
+        if len(results) < 5:
+            server.submit(b"%d" % len(results)).add_done_callback(again)
+
+    server.submit(b"0").add_done_callback(again)
+    wait_until(lambda: len(results) == 5)
+    assert results == [b"%d" % number for number in range(5)]
+
+
+def test_cancelling_a_future_does_not_cancel_its_job(start):
+    server = start()
+    future = server.submit(b"1")
+    future.cancel()
+    job = HTTP(server).poll()
+    HTTP(server).complete(job, b'"done"')
+    assert Client(server).result(job.id) == b'"done"'
+
+
+# == jobs()
+
+
+def test_a_worker_in_the_program_completes_jobs_of_every_client(start, serve):
+    server = start("data", grpc_port=0)
+
+    def work(job):
+        assert job.queue == "queue"
+        job.complete(b'{"of": ' + job.payload + b"}")
+
+    working = serve(server, work, "queue")
+    assert server.submit(b"1.0", queue="queue").result(10) == b'{"of": 1.0}'
+    assert Client(server).submit(b"2", queue="queue").json()["payload"] == {"of": 2}
+    server.stop(drain=0)
+    assert working.result(10) is None, "the loop ends with the server"
+
+
+def test_a_job_in_the_program_says_what_it_is(start):
+    server = start()
+    job_id = Client(server).put(b"\xff\x00", {"Content-Type": "image/png"}, queue="b")
+    job = next(server.jobs("a", "b"))
+    assert (job.id, job.queue, job.payload, job.attempt) == (job_id, "b", b"\xff\x00", 1)
+    assert job.headers["Content-Type"] == "image/png"
+    job.complete("text")
+    assert Client(server).result(job_id) == b"text"
+
+
+def test_without_a_queue_the_jobs_are_those_of_default(start):
+    server = start()
+    Client(server).put(queue="other")
+    job_id = Client(server).put()
+    job = next(server.jobs())
+    assert job.id == job_id
+    job.complete()
+    assert Client(server).result(job_id) == b"{}"
+
+
+def test_a_failed_job_is_tried_again_and_then_its_submitter_is_told(start):
+    server = start()
+    future = server.submit(b"1", attempts=2)
+    jobs = server.jobs()
+    next(jobs).fail("first", delay=0)
+    job = next(jobs)
+    assert job.attempt == 2
+    job.fail("second")
+    with pytest.raises(jobqueue.JobQueueError, match="second"):
+        future.result(10)
+
+
+def test_a_job_may_be_failed_for_good(start):
+    server = start()
+    future = server.submit(b"1")
+    next(server.jobs()).fail("hopeless", retry=False)
+    with pytest.raises(jobqueue.JobQueueError, match="hopeless"):
+        future.result(10)
+
+
+def test_a_released_job_comes_back_uncounted(start):
+    server = start()
+    server.submit(b"1")
+    jobs = server.jobs()
+    first = next(jobs)
+    first.release()
+    second = next(jobs)
+    assert (second.id, second.attempt) == (first.id, 1)
+
+
+def test_a_lease_can_be_extended_and_says_whether_the_job_is_still_wanted(start):
+    server = start()
+    server.submit(b"1")
+    job = next(server.jobs(lease=10))
+    server.clock.advance(9)
+    assert job.extend(20)
+    server.clock.advance(19)
+    assert Client(server).status(job.id) == "processing"
+    Client(server).cancel(job.id)
+    assert not job.extend(20)
+    with pytest.raises(jobqueue.JobQueueError) as no:
+        job.complete(b"1")
+    assert no.value.code == "job_finished"
+
+
+def test_a_lease_that_was_lost_is_an_error_with_its_code(start):
+    server = start()
+    server.submit(b"1")
+    jobs = server.jobs(lease=10)
+    old = next(jobs)
+    server.clock.advance(11)
+    new = next(jobs)
+    assert (new.id, new.attempt) == (old.id, 2)
+    for verb in (old.complete, lambda: old.fail("x"), old.release, lambda: old.extend(5)):
+        with pytest.raises(jobqueue.JobQueueError) as no:
+            verb()
+        assert no.value.code == "lease_lost"
+    new.complete(b"1")
+
+
+def test_a_completion_returns_when_it_is_on_disk(start, tmp_path):
+    server = start()
+    server.submit(b"1")
+    next(server.jobs()).complete(b'"result 51f2"')
+    assert b"result 51f2" in (tmp_path / "data" / "journal.jsonl").read_bytes()
+
+
+def test_many_workers_in_the_program_share_the_jobs(start, serve):
+    server = start(clock=jobqueue.Clock())
+    done = []
+
+    def work(job):
+        done.append(job.id)
+        job.complete(job.payload)
+
+    working = [serve(server, work) for _ in range(4)]
+    futures = [server.submit(b"%d" % number) for number in range(100)]
+    assert [future.result(10) for future in futures] == [b"%d" % number for number in range(100)]
+    assert len(done) == len(set(done)) == 100
+    server.stop(drain=5)
+    for future in working:
+        future.result(10)
+
+
+def test_a_loop_that_is_left_leaves_no_waiting_worker_behind(start):
+    server = start()
+    server.submit(b"1")
+    for job in server.jobs():
+        job.complete(b"1")
+        break
+    assert Client(server).stats()["waiting_workers"] == 0
+    future = server.submit(b"2")
+    HTTP(server).complete(HTTP(server).poll(), b"2")
+    assert future.result(10) == b"2"
+
+
+def test_a_program_and_its_server_stop_while_a_loop_waits(start, serve):
+    server = start()
+    working = [serve(server, lambda job: None) for _ in range(3)]
+    wait_until(lambda: Client(server).stats()["waiting_workers"] == 3)
+    server.stop(drain=0)
+    for future in working:
+        assert future.result(10) is None
