@@ -5989,45 +5989,50 @@ def serve(arguments: argparse.Namespace) -> int:
     server = Server(**given)
     set_up_logging(server.settings.log_format, server.settings.log_level)
     _raise_file_limit(server.settings.max_connections)
-    asked, hurry = threading.Event(), threading.Event()
-
-    def stop(*_: Any) -> None:
-        (hurry if asked.is_set() else asked).set()
-
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        signal.signal(number, stop)
-    server.when_failed(asked.set)
-    # The server's threads take no signals: one that arrived in them, under load, was seen not to wake this thread.
-    with _blocked(signals):
-        server.start()
+    bell = _Bell((signal.SIGTERM, signal.SIGINT))
+    server.when_failed(bell.ring)
+    server.start()
     gc.collect()
     gc.freeze()  # what was read from the journal is not garbage: no collection needs to look at it again
     _tell_systemd("READY=1")
     patience = float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
-    while not asked.wait(patience):
-        if server.responds(patience):
+    while not bell.signals and not server.failed.is_set():
+        bell.wait(patience)
+        if patience and server.responds(patience):
             _tell_systemd("WATCHDOG=1")
     _tell_systemd("STOPPING=1")
     if not server.failed.is_set():
         log.info("stopping drain=%g", server.settings.drain)
-    stopping = threading.Thread(target=server.stop, daemon=True)
+    stopping = threading.Thread(target=lambda: (server.stop(), bell.ring()), daemon=True)
     stopping.start()
-    while stopping.is_alive() and not hurry.is_set():
-        stopping.join(0.05)
+    while stopping.is_alive() and not server.stopped.is_set() and len(bell.signals) < 2:
+        bell.wait(1)
     return EXIT_DISK if server.failed.is_set() else EXIT_OK
 
 
-@contextlib.contextmanager
-def _blocked(signals: Iterable[int]) -> Iterator[None]:
-    """Threads that are started inside do not get these signals."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+class _Bell:
+    """Wakes the main thread: rung by signals and by other threads.
+
+    A signal writes to a socket (signal.set_wakeup_fd) that the main thread reads. To wait on a lock instead was seen
+    to miss one: it may come between the interpreter's last look and the wait.
+    """
+
+    def __init__(self, signals: Iterable[int]) -> None:
+        self.signals: list[int] = []  # what has come so far
+        self._in, self._out = socket.socketpair()
+        self._out.setblocking(False)
+        signal.set_wakeup_fd(self._out.fileno(), warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, lambda number, _: self.signals.append(number))
+
+    def ring(self) -> None:
+        with contextlib.suppress(OSError):
+            self._out.send(b"\0")
+
+    def wait(self, seconds: float | None) -> None:
+        self._in.settimeout(seconds)
+        with contextlib.suppress(OSError):
+            self._in.recv(64)
 
 
 def _tell_systemd(state: str) -> None:

@@ -18,12 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import load
 from load import PATIENCE, clock
 from protocols import Failure
 
 HERE = Path(__file__).resolve().parent
-# What `--server` and `--scratch` of run.py change.
-config = {"server": HERE.parent / "jobqueue.py", "scratch": Path("/var/tmp")}
+# What `--server` of run.py changes.
+config = {"server": HERE.parent / "jobqueue.py"}
 
 
 def free_port():
@@ -102,7 +103,7 @@ class Server:
 @contextlib.contextmanager
 def folder():
     """A temporary folder on the disk that is measured."""
-    path = Path(tempfile.mkdtemp(prefix="jobqueue-bench-", dir=config["scratch"]))
+    path = Path(tempfile.mkdtemp(prefix="jobqueue-bench-", dir=load.scratch["folder"]))
     try:
         yield path
     finally:
@@ -258,8 +259,8 @@ def machine():
         "memory_gib": round(memory / 2**20, 1),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "filesystem": filesystem(config["scratch"]),
-        "fdatasync_ms": round(sync_ms(), 3),
+        "filesystem": filesystem(load.scratch["folder"]),
+        "fdatasync_ms": round(load.sync_ms(200), 3),
     }
 
 
@@ -274,15 +275,3 @@ def filesystem(path):
             if inside and len(mount) > longest:
                 kind, longest = this, len(mount)
     return kind
-
-
-def sync_ms(times=200):
-    """The median time of one fdatasync after a write of 200 bytes."""
-    spent = []
-    with folder() as path, open(path / "file", "ab", buffering=0) as file:
-        for _ in range(times):
-            file.write(b"x" * 200)
-            began = clock()
-            os.fdatasync(file.fileno())
-            spent.append(clock() - began)
-    return sorted(spent)[times // 2] * 1000

@@ -91,6 +91,7 @@ def notes(samples):
         "server_cpu_us": round(median(samples, "cpu") * 1e6, 1),
         "load_cpu_us": round(median(samples, "load_cpu") * 1e6, 1),
         "others_used_percent": [round(sample.foreign * 100) for sample in samples],
+        "disk_sync_ms": [round(sample.sync_ms, 2) for sample in samples],
         "repeated_runs": sum(sample.repeated for sample in samples),
     }
 

@@ -104,16 +104,20 @@ def report(out, versions):
         print("Skipped, not installed here: " + "; ".join(skipped))
     for name, reason in out["failures"].items():
         print(f"Row {name} failed: {reason}")
-    busy = max((share for figure in out["figures"] for share in others(figure.notes)), default=0)
+    busy = max((share for figure in out["figures"] for share in noted(figure.notes, "others_used_percent")), default=0)
     if busy > 15:
         print(f"Other processes used up to {busy} % of this machine during a run: look at others_used_percent.")
+    slow = max((value for figure in out["figures"] for value in noted(figure.notes, "disk_sync_ms")), default=0)
+    if slow > 3 * load.scratch["best_sync_ms"]:
+        best = load.scratch["best_sync_ms"]
+        print(f"The disk was not ours alone: a sync took {best:.2f} to {slow:.2f} ms; look at disk_sync_ms.")
 
 
-def others(value):
-    """All figures of what other processes used, wherever they stand in the notes."""
+def noted(value, wanted):
+    """All figures under this key, wherever they stand in the notes."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from inner if key == "others_used_percent" else others(inner)
+            yield from inner if key == wanted else noted(inner, wanted)
 
 
 def main():
@@ -127,7 +131,7 @@ def main():
     if unknown:
         print(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}", file=sys.stderr)
         return 2
-    peers.config["scratch"] = args.scratch
+    load.scratch["folder"] = args.scratch
     if args.server:
         peers.config["server"] = args.server.resolve()
     load.raise_file_limit()

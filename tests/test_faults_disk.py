@@ -1,6 +1,7 @@
 """Disks that are full, and disks that fail: nothing acknowledged is lost, nothing refused ever runs."""
 
 import contextlib
+import os
 import random
 import re
 import resource
@@ -83,13 +84,16 @@ class Client:
 
 @contextlib.contextmanager
 def full(folder):
-    """Another program fills the disk; at the end it cleans up."""
+    """Another program takes all the space there is, in a moment; at the end it cleans up."""
     filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            with contextlib.suppress(OSError):
-                while file.write(b"x" * size) == size:
-                    pass
+    with open(filler, "wb") as file:
+        end, size = 0, 1 << 24
+        while size >= 4096:
+            try:
+                os.posix_fallocate(file.fileno(), end, size)
+                end += size
+            except OSError:
+                size //= 2
     try:
         yield
     finally:
@@ -122,9 +126,7 @@ def test_a_full_disk_refuses_submits_takes_completions_and_is_used_again_by_itse
         load, refusals = Load(History(), seed, clients=2, workers=2, worker_acts=PROMPT), 0
         for _ in range(CYCLES):
             wait_until(lambda: has_reserve(folder), what="the reserve to be there")
-            load.start(server.port)
-            one_cycle(Client(load, server), folder)
-            load.stop()
+            one_cycle(load, server, folder)
             load.drain(server.port)
             refusals += sum(call.status == 507 for call in load.history.of("submit"))
             check(load.history, server.port)
@@ -135,14 +137,21 @@ def test_a_full_disk_refuses_submits_takes_completions_and_is_used_again_by_itse
         check(load.history, server.port)
 
 
-def one_cycle(client, folder):
-    """Fill the disk while a client waits and a worker works, then free it."""
+def one_cycle(load, server, folder):
+    """Fill the disk while a client waits and a worker works, load it, and free it.
+
+    The load begins when it is full: while the other program is still writing, it could take the reserve as well.
+    """
+    client = Client(load, server)
     held, answer = client.hold()
     ids = {client.submit("&wait=0&queue=held").answer["job_id"] for _ in range(20)}
+    for _ in range(50):
+        client.submit()
     jobs = client.poll("queue=held&wait=5", limit=2)
     assert jobs
     with full(folder):
         wait_until(client.refused, what="a submit to be refused")
+        load.start(server.port)
         assert all(client.refused() for _ in range(3)), "space came back from nowhere"
         while more := client.poll("queue=held"):
             jobs += more
@@ -153,6 +162,7 @@ def one_cycle(client, folder):
         assert answer[0].status == 200, "a held client gets its result where the disk is full"
         assert client.refused()
     wait_until(client.accepted, what="service to resume by itself")
+    load.stop()
 
 
 @needs("mount", "nsenter")
