@@ -5677,13 +5677,21 @@ class Unreachable(Exception):
 class Client:
     """One keep-alive connection to a server. Not for several threads."""
 
-    def __init__(self, url: str, token: str | None = None, ca: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        ca: str | None = None,
+        certificate: tuple[str, str | None] | None = None,
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
         self._parts, self._path = parts, parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._context = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
+        if self._context and certificate:
+            self._context.load_cert_chain(*certificate)
         self._connection: http.client.HTTPConnection | None = None
 
     def call(
@@ -6142,7 +6150,8 @@ class _Working(threading.Thread):
 
 
 def _client(arguments: argparse.Namespace) -> Client:
-    return Client(arguments.url, arguments.token, arguments.ca)
+    certificate = (arguments.cert, arguments.key_file) if arguments.cert else None
+    return Client(arguments.url, arguments.token, arguments.ca, certificate)
 
 
 def _ask(arguments: argparse.Namespace, method: str, path: str, **query: Any) -> Any:
@@ -6413,6 +6422,12 @@ def _client_flags(parser: argparse.ArgumentParser) -> None:
         default=environment("JOBQUEUE_CA"),
         metavar="FILE",
         help="CA file to check an https server by (JOBQUEUE_CA)",
+    )
+    parser.add_argument(
+        "--cert", default=environment("JOBQUEUE_CERT"), metavar="FILE", help="client certificate (JOBQUEUE_CERT)"
+    )
+    parser.add_argument(
+        "--key-file", default=environment("JOBQUEUE_KEY_FILE"), metavar="FILE", help="its key (JOBQUEUE_KEY_FILE)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 

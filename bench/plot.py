@@ -28,6 +28,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .reached-aim { fill: #1a6fd4 }
 .reached-least { fill: #7fb2ee }
 .reached-no { fill: #d9730d }
+.reached-unsure { fill: none; stroke: #656d76; stroke-width: 1.5 }
 @media (prefers-color-scheme: dark) {
   text { fill: #c4ccd6 }
   .title, .own { fill: #f0f6fc }
@@ -40,6 +41,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
   .reached-aim { fill: #4c9bf5 }
   .reached-least { fill: #2c5f9e }
   .reached-no { fill: #f0883e }
+  .reached-unsure { stroke: #9198a1 }
 }
 """
 BAR, GAP, COLUMN, LABEL, VALUE = 17, 4, 440, 148, 58
@@ -126,7 +128,7 @@ def draw_targets(results):
     bottom = top + 19 * len(asked)
     parts = [
         text(0, 20, "Every figure against its target", "title"),
-        text(0, 38, "1 is what is asked at least; the short line is the aim; further right is better", "sub"),
+        text(0, 38, "1 is what is asked at least; the short line is the aim; further right is better; hollow: the machine was busy", "sub"),
     ]
     for tick in (0.25, 0.5, 1, 2, 4, 8):
         kind = "asked" if tick == 1 else "line"
@@ -144,7 +146,7 @@ def target(figure, y, place, right):
     turn = -1 if figure["less_is_better"] else 1
     stands, aim = (max(part, 1e-9) / figure["at_least"] for part in (value, figure["aim"]))
     stands, aim = stands**turn, aim**turn
-    kind = {"aim": "aim", "at least": "least", "no": "no"}[figure["reached"]]
+    kind = {"aim": "aim", "at least": "least", "no": "no"}[figure["reached"]] if figure["calm"] else "unsure"
     peer = f" / {NAMES.get(figure['peer'], figure['peer'])}" if figure["judged"] == "ratio" else ""
     unit = "x" if figure["judged"] == "ratio" else figure["unit"]
     shown = f"{value:,.0f}{unit}" if value >= 100 else f"{value:.3g}{unit}"

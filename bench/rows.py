@@ -52,6 +52,12 @@ class Figure:
         return self.ours / self.theirs if self.theirs else None
 
     @property
+    def calm(self):
+        """Whether most of its runs, on each side, had the machine to themselves; true where nobody looked."""
+        sides = [self.notes[side] for side in ("ours", "theirs") if side in self.notes]
+        return all(2 * side["calm_runs"] > len(side["runs"]) for side in sides)
+
+    @property
     def reached(self):
         """'aim', 'at least', 'no', or '' where nothing is asked."""
         if self.at_least is None:
@@ -92,6 +98,7 @@ def notes(samples):
         "load_cpu_us": round(median(samples, "load_cpu") * 1e6, 1),
         "others_used_percent": [round(sample.foreign * 100) for sample in samples],
         "disk_sync_ms": [round(sample.sync_ms, 2) for sample in samples],
+        "calm_runs": sum(load.unrest(sample) <= 1 for sample in samples),
         "repeated_runs": sum(sample.repeated for sample in samples),
     }
 
@@ -396,7 +403,7 @@ def intake(options):
             side = sockets_side(
                 server.port, lambda port, tally, index, run=run: wire.http_intake(port, tally, tags(run, index)), 4
             )
-            samples.append(measure([side], pids=server.pids, seconds=options.seconds))
+            samples.append(load.calm_run(partial(measure, [side], pids=server.pids, seconds=options.seconds)))
     yield Figure(
         "durable ndjson intake",
         " lines/s",
@@ -415,6 +422,7 @@ def batch(options):
         for _ in range(options.runs):
             fill(server, 40_000)
             samples.append(drain(server))
+            samples[-1].sync_ms = load.sync_ms()
     yield Figure(
         "poll 32 + batch complete",
         " jobs/s",

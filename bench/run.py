@@ -11,6 +11,7 @@ A peer that is not installed is skipped by name. bench/README.md says how to rea
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -54,7 +55,8 @@ def line(figure):
     unit = "x" if figure.judged == "ratio" else ""
     peer = f"{figure.peer} {number(figure.theirs)}{figure.unit}" if figure.peer else ""
     asked = [f"{number(value)}{unit}" if value is not None else "" for value in (figure.at_least, figure.aim)]
-    return [figure.name, f"{number(figure.ours)}{figure.unit}", peer, ratio, *asked, figure.reached.replace("no", "NO")]
+    said = figure.reached.replace("no", "NO")
+    return [figure.name, f"{number(figure.ours)}{figure.unit}", peer, ratio, *asked, f"({said})" if not figure.calm else said]
 
 
 HEAD = ["figure", "jobqueue", "peer", "ratio", "at least", "aim", "reached"]
@@ -88,7 +90,7 @@ def run_row(name, options, out):
 def as_json(figure):
     """A figure for results.json."""
     kept = ["row", "name", "unit", "ours", "peer", "theirs", "ratio", "at_least", "aim"]
-    kept += ["judged", "less_is_better", "reached"]
+    kept += ["judged", "less_is_better", "reached", "calm"]
     return {name: getattr(figure, name) for name in kept} | {"notes": figure.notes}
 
 
@@ -96,9 +98,14 @@ def report(out, versions):
     """Prints the table and what is to be known beside it."""
     print(table([line(figure) for figure in out["figures"]]))
     asked = [figure for figure in out["figures"] if figure.at_least is not None]
+    unsure = len(asked)
+    asked = [figure for figure in asked if figure.calm]
+    unsure -= len(asked)
     reached = {what: sum(figure.reached == what for figure in asked) for what in ("aim", "at least", "no")}
     print(f"\n{len(asked)} figures with a target: {reached['aim']} reach the aim, {reached['at least']} what is asked "
           f"at least, {reached['no']} do not.")  # fmt: skip
+    if unsure:
+        print(f"{unsure} more, in brackets, are not judged: the machine was busy with something else meanwhile.")
     skipped = [f"{name}: {said}" for name, said in versions.items() if "not installed" in said]
     if skipped:
         print("Skipped, not installed here: " + "; ".join(skipped))
@@ -135,6 +142,7 @@ def main():
     if args.server:
         peers.config["server"] = args.server.resolve()
     load.raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     versions, machine = peers.versions(), peers.machine()
     if machine["filesystem"] in ("tmpfs", "ramfs"):
         print(f"{args.scratch} is in memory, a sync is free there: use --scratch DIR on a disk", file=sys.stderr)

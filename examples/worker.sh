@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# A worker in bash and curl: gives each job's payload to a command, and hands in what the command prints.
+#
+#   examples/worker.sh sha256sum                         # the payload on standard input
+#   examples/worker.sh -t application/gzip gzip -c       # what is printed may be binary
+#   examples/worker.sh -q archive -d ./files gzip -c     # the payload names a file in ./files, which is read instead
+#
+#   -q QUEUE[,QUEUE]  take jobs of these queues, in this order (default)
+#   -t TYPE           the Content-Type of the results
+#   -d FOLDER         payloads are names of files in FOLDER
+#   -l SECONDS        ask for leases of so many seconds (60); a running job's is extended at a third of it
+#   JOBQUEUE_URL      where the server is (http://127.0.0.1:3000); JOBQUEUE_TOKEN: an access token, where it wants one
+#
+# A command that ends with another code than 0 fails its job, with the end of what it wrote to standard error as the
+# error; the server tries it again while attempts are left. SIGTERM and SIGINT let the running job finish.
+
+set -uo pipefail
+export LC_ALL=C # bytes, not characters
+
+server=${JOBQUEUE_URL:-http://127.0.0.1:3000}/api/worker
+queue=default type=application/octet-stream folder='' lease=60
+while getopts q:t:d:l: option; do
+    case $option in
+        q) queue=$OPTARG ;;
+        t) type=$OPTARG ;;
+        d) folder=$OPTARG ;;
+        l) lease=$OPTARG ;;
+        *) exit 2 ;;
+    esac
+done
+shift $((OPTIND - 1))
+if (($# == 0)); then
+    echo "usage: $0 [-q QUEUE] [-t TYPE] [-d FOLDER] [-l SECONDS] COMMAND [ARGUMENT...]" >&2
+    exit 2
+fi
+
+token=() # in a file of curl's own kind, since everybody can read the arguments of a process
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if [[ ${JOBQUEUE_TOKEN:-} ]]; then
+    (umask 077 && printf 'header = "Authorization: Bearer %s"\n' "$JOBQUEUE_TOKEN" >"$scratch/token")
+    token=(-K "$scratch/token")
+fi
+
+# A poll is cut short by a signal: a worker that hangs up leaves the line, and no job is lost. A hand-in is not.
+stopping='' polling=''
+trap 'stopping=yes; [[ -z $polling ]] || kill "$polling"' TERM INT
+
+poll() { # the answer goes to $scratch/answer; empty where no job came within 20 s
+    : >"$scratch/answer"
+    curl -sSf "${token[@]}" -o "$scratch/answer" "$server/poll?queue=$queue&wait=20&lease=$lease&worker=$HOSTNAME-$$" &
+    polling=$!
+    wait "$polling"
+    local code=$?
+    polling=''
+    return "$code"
+}
+
+# say VERB QUERY FILE: tell the server about the job. Repeated until it has heard it, through a restart of the server
+# too: the lease token makes that safe. The answer goes to $scratch/answer.
+say() {
+    local status
+    status=$(curl -sS "${token[@]}" --retry 9 --retry-all-errors -o "$scratch/answer" -w '%{http_code}' \
+        --data-binary "@$3" -H "Content-Type: $type" "$server/$1/$id?lease_token=$lease_token$2") || return
+    [[ $status == 200 ]] && return
+    echo "$1 of job $id: $status $(<"$scratch/answer")" >&2 # 404, 409: the job is no longer ours
+    return 1
+}
+
+# read_job JSON: sets id and lease_token, and writes the payload to $scratch/payload. The members of a job stand in a
+# fixed order, and nothing that users wrote stands before the payload or behind the headers, whose values are strings:
+# so the first "job_id", the first "payload", the last "headers" and the last "lease_token" are the server's own.
+read_job() {
+    local job=$1 payload head
+    id=${job#*\"job_id\":\"} id=${id%%\"*}
+    head=${job%,\"lease_token\":\"*}
+    lease_token=${job:${#head}} lease_token=${lease_token#*:\"} lease_token=${lease_token%%\"*}
+    payload=${job#*,\"payload\":} payload=${payload%,\"headers\":\{*}
+    if [[ $payload == *',"payload_encoding":"base64"' ]]; then # bytes
+        payload=${payload%,*}
+        base64 -d <<<"${payload//\"/}"
+    elif [[ $payload == \"* ]]; then # text
+        payload=${payload#\"}
+        printf '%b' "$(sed 's:\\\(["/]\):\1:g' <<<"${payload%\"}")"
+    else # JSON, as it was submitted
+        printf '%s' "$payload"
+    fi >"$scratch/payload"
+}
+
+extend() { # keeps the lease while the job runs
+    local third
+    printf -v third '%d.%03d' $((lease / 3)) $((lease * 1000 / 3 % 1000))
+    trap 'kill $!' EXIT
+    while sleep "$third" & wait $!; do
+        curl -sS "${token[@]}" -o /dev/null -X POST "$server/extend/$id?lease_token=$lease_token&lease=$lease"
+    done
+}
+
+run() { # the command, with what it is to read on standard input
+    local name input=$scratch/payload
+    if [[ $folder ]]; then
+        name=$(tr -d '\0' <"$scratch/payload")
+        if [[ /$name/ == *//* || /$name/ == */../* ]]; then
+            echo "$name is not the name of a file in the folder" >&2
+            return 2
+        fi
+        input=$folder/$name
+    fi
+    "$@" <"$input"
+}
+
+job=''
+while [[ -z $stopping ]]; do
+    if [[ -z $job ]]; then
+        if ! poll; then
+            [[ $stopping ]] || sleep 1 # the server is away: it comes back
+            continue
+        fi
+        job=$(<"$scratch/answer")
+        [[ $job ]] || continue
+    fi
+    read_job "$job"
+    job=''
+    extend &
+    extending=$!
+    if run "$@" >"$scratch/result" 2>"$scratch/error"; then
+        kill "$extending"
+        # The answer brings the next job, if one is in line: one round trip a job.
+        if say complete "&next=true&queue=$queue&lease=$lease&worker=$HOSTNAME-$$" "$scratch/result"; then
+            job=$(<"$scratch/answer")
+            job=${job#*,\"next\":}
+            job=${job%\}}
+            [[ $job != null ]] || job=''
+        fi
+    else
+        kill "$extending"
+        tail -c 2000 "$scratch/error" >"$scratch/end"
+        say fail '' "$scratch/end"
+    fi
+    wait "$extending" 2>/dev/null
+done
+if [[ $job ]]; then # it came with the last answer, and we are leaving
+    read_job "$job"
+    say release '' /dev/null
+fi
