@@ -2524,7 +2524,7 @@ class JobService:
         self.access = Access(settings.tokens)
         self.started = clock.monotonic()
 
-    def check_size(self, data: bytes, what: str = "payload") -> None:
+    def check_size(self, data: bytes, what: str = "body") -> None:
         if len(data) > self.settings.max_payload:
             limit = self.settings.max_payload
             raise JobQueueError("payload_too_large", f"the {what} has {len(data)} bytes; at most {limit} are taken")
@@ -2567,7 +2567,7 @@ class JobService:
         self, job_id: str, token: str | None, result: bytes, content_type: str | None = None, claim: Claim | None = None
     ) -> Future:
         """Future of an Outcome; an empty result is {}."""
-        self.check_size(result, "result")
+        self.check_size(result)
         if content_type is not None and not _MEDIA_TYPE.fullmatch(content_type):
             content_type = "application/octet-stream"  # whatever it is, the result is taken
         return self.engine.complete(job_id, token, *self._result(result), content_type, claim)
@@ -2584,7 +2584,7 @@ class JobService:
 
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
         """Future of an Outcome."""
-        self.check_size(error.encode(), "error")
+        self.check_size(error.encode())
         return self.engine.fail(job_id, token, error[:65536], retry is not False, delay)
 
     def requeue_all(self, state: str, queue: str | None) -> int:
@@ -4591,7 +4591,7 @@ class Connection:
         if self._refusal is not None and (head.expect or head.chunked or length > limit):
             raise self._refusal
         if length > limit:
-            raise JobQueueError("payload_too_large", f"the body has {length} bytes; at most {limit} are taken here")
+            raise JobQueueError("payload_too_large", f"the body has {length} bytes; at most {limit} are taken")
         self._body = _Chunks(limit, self._server.settings.max_headers) if head.chunked else length
         if head.expect and self._version == 1 and (length or head.chunked) and not self._buffer:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -5425,6 +5425,7 @@ class Server:
         self._check_exposure()
         self.failed = threading.Event()  # set when the disk failed and nothing more can be acknowledged
         self.stopped = threading.Event()
+        self._drained = threading.Event()  # set when no job is in progress any more, or nobody wants to wait for it
         self._on_failure: list[Callable[[], None]] = []
         self._stopping = threading.Lock()
         self._grpc: GrpcServer | None = None
@@ -5573,10 +5574,9 @@ class Server:
                 return
             if self._grpc:
                 self._grpc.drain()
-            drained = self.engine.drain()
+            self.engine.drain().add_done_callback(lambda _: self._drained.set())
             if not self.failed.is_set():
-                with contextlib.suppress(TimeoutError):
-                    drained.result(self.settings.drain if drain is None else drain)
+                self._drained.wait(self.settings.drain if drain is None else drain)
             self.engine.close()
             self._http.finish(5.0)
             if self._grpc:
@@ -5587,6 +5587,10 @@ class Server:
             self._http.server_close()
             self.stopped.set()
             log.info("stopped data=%s", self.settings.data_dir)
+
+    def hurry(self) -> None:
+        """From another thread: a `stop` that waits for jobs in progress waits no longer."""
+        self._drained.set()
 
     def when_failed(self, call: Callable[[], None]) -> None:
         """Call this, from some thread, when the disk has failed."""
@@ -5992,7 +5996,7 @@ class Refused(Exception):
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Run the server until SIGTERM or SIGINT; a second one stops it at once."""
+    """Run the server until SIGTERM or SIGINT; a second one ends the wait for jobs in progress, a third one all."""
     given = {setting.name: getattr(arguments, setting.name) for setting in SETTINGS if hasattr(arguments, setting.name)}
     server = Server(**given)
     set_up_logging(server.settings.log_format, server.settings.log_level)
@@ -6013,8 +6017,10 @@ def serve(arguments: argparse.Namespace) -> int:
         log.info("stopping drain=%g", server.settings.drain)
     stopping = threading.Thread(target=lambda: (server.stop(), bell.ring()), daemon=True)
     stopping.start()
-    while stopping.is_alive() and not server.stopped.is_set() and len(bell.signals) < 2:
+    while stopping.is_alive() and not server.stopped.is_set() and len(bell.signals) < 3:
         bell.wait(1)
+        if len(bell.signals) > 1:
+            server.hurry()
     return EXIT_DISK if server.failed.is_set() else EXIT_OK
 
 

@@ -128,7 +128,8 @@ def draw_targets(results):
     bottom = top + 19 * len(asked)
     parts = [
         text(0, 20, "Every figure against its target", "title"),
-        text(0, 38, "1 is what is asked at least; the short line is the aim; further right is better; hollow: the machine was busy", "sub"),
+        text(0, 38, "1 is what is asked at least; the short line is the aim; further right is better", "sub"),
+        text(left, 20, "hollow: not judged, the machine was busy", "sub"),
     ]
     for tick in (0.25, 0.5, 1, 2, 4, 8):
         kind = "asked" if tick == 1 else "line"

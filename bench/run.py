@@ -56,7 +56,8 @@ def line(figure):
     peer = f"{figure.peer} {number(figure.theirs)}{figure.unit}" if figure.peer else ""
     asked = [f"{number(value)}{unit}" if value is not None else "" for value in (figure.at_least, figure.aim)]
     said = figure.reached.replace("no", "NO")
-    return [figure.name, f"{number(figure.ours)}{figure.unit}", peer, ratio, *asked, f"({said})" if not figure.calm else said]
+    said = f"({said})" if said and not figure.calm else said
+    return [figure.name, f"{number(figure.ours)}{figure.unit}", peer, ratio, *asked, said]
 
 
 HEAD = ["figure", "jobqueue", "peer", "ratio", "at least", "aim", "reached"]

@@ -435,7 +435,7 @@ def test_without_grpcio_http_runs_and_one_line_says_how_to_get_grpc(tmp_path):
 
 # == Payloads are sacred
 
-DEEP = 100_000
+DEEP = 20_000
 
 JSON = {
     "a number beyond 64 bits": b"12345678901234567890",
