@@ -140,7 +140,7 @@ def test_a_full_disk_refuses_submits_takes_completions_and_is_used_again_by_itse
 def one_cycle(load, server, folder):
     """Fill the disk while a client waits and a worker works, load it, and free it.
 
-    The load begins when it is full: while the other program is still writing, it could take the reserve as well.
+    The load begins when it is full: a program that is still writing could take the reserve as well.
     """
     client = Client(load, server)
     held, answer = client.hold()

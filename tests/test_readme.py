@@ -406,7 +406,7 @@ def flags_of(command: Any) -> set[str]:
     parser = argparse.ArgumentParser()
     command.flags(parser)
     flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    return flags - {"--help", "--url", "--token", "--ca", "--json"}
+    return flags - {"--help", "--url", "--token", "--ca", "--cert", "--key-file", "--json"}
 
 
 def test_every_exit_code_stands_in_the_readme() -> None:
