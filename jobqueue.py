@@ -809,6 +809,9 @@ def journal_line(seq: int, synced: int, body: str) -> bytes:
     return b'{"crc":"%08x",%b' % (zlib.crc32(data), data)
 
 
+_scan_plain = json.JSONDecoder().scan_once  # without the search for white space, which our lines have not
+
+
 def _read_line(line: bytes) -> dict[str, Any] | None:
     """The record of a line, or None where the line is not whole."""
     if line[:8] != b'{"crc":"' or line[-1:] != b"\n":
@@ -816,8 +819,8 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     try:
         if line[8:18] != b'%08x",' % zlib.crc32(line[18:]):
             return None
-        return json.loads(line)
-    except ValueError:
+        return _scan_plain(line.decode(), 0)[0]
+    except (ValueError, StopIteration):
         return None
 
 
@@ -943,8 +946,8 @@ class Journal:
         log.warning("torn_tail file=%s offset=%d bytes=%d copied_to=%s", self.path, reader.end, reader.torn, aside)
 
     def start(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
-        """Open for appending. After an unclean stop what was read is written anew from `snapshot` and synced first:
-        after a failed sync the system may show pages that never reached the disk."""
+        """Open for appending; a new journal begins with `snapshot`. After an unclean stop what was read is written
+        anew and synced first: after a failed sync the system may show pages that never reached the disk."""
         try:
             self._start(self._reader, snapshot)
         except OSError as error:
@@ -959,9 +962,9 @@ class Journal:
             self.seq = 1  # so that the header is 0 and the snapshot's one line is 1
             self._rewrite(snapshot)
         else:
-            self.seq = self.synced = reader.seq
+            self.seq, self.synced, self.size = reader.seq, reader.seq, reader.end
             if reader.clean:
-                self._file, self.size = self._open(self.path), reader.end
+                self._file = self._open(self.path)
             else:
                 what = "no closing record; reading, rewriting, syncing"
                 log.warning("unclean_stop file=%s records=%d: %s", self.path, reader.seq, what)
@@ -976,13 +979,13 @@ class Journal:
         return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
 
     def _rewrite(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
+        """Write the file anew, as it is, or from the snapshot where there is none; or where the disk is too full."""
         try:
-            new = _NewFile(self, *snapshot())
+            new = _NewFile(self, None if self.size else snapshot(), self.seq)
         except OSError:
             if not self._reserve.spend():
                 raise
-            new = _NewFile(self, *snapshot())  # on a full disk the reserve may be room enough
-        new.sync()
+            new = _NewFile(self, snapshot(), self.seq, self.size)
         os.replace(new.path, self.path)
         _sync_folder(self.folder)
         self._file, self.size = new.file, new.size
@@ -1160,14 +1163,7 @@ class Journal:
 
         Takes as long as it takes; the file goes on being appended to. OSError: the old file stays.
         """
-        new = _NewFile(self, count, bodies, seq)
-        try:
-            new.offset = offset
-            new.follow()
-            new.sync()
-        except OSError:
-            new.discard()
-            raise
+        new = _NewFile(self, (count, bodies), seq, offset)
         with self._wake:
             stopping = self._closing or self.failure
             if not stopping:
@@ -1203,19 +1199,24 @@ class Journal:
 
 
 class _NewFile:
-    """A journal in the making, beside the old one: header, snapshot, and what was appended to the old one since."""
+    """A journal in the making, beside the old one: a copy of it, or a header, a snapshot (so many bodies) that stands
+    for the old one's first `offset` bytes and its records up to `last`, and what was appended since."""
 
-    def __init__(self, journal: Journal, count: int, bodies: Iterable[str], seq: int | None = None) -> None:
+    def __init__(
+        self, journal: Journal, snapshot: tuple[int, Iterable[str]] | None = None, last: int = 0, offset: int = 0
+    ) -> None:
         self.path, self._old = journal.path + ".new", journal.path
         self._journal = journal
-        self.size, self.offset = 0, 0
+        self.size, self._offset = 0, offset
         self.done, self.error = threading.Event(), None
-        last = journal.seq if seq is None else seq
         self.file = os.open(
             self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600
         )
         try:
-            self._write_snapshot(last - count, last, bodies)
+            if snapshot:
+                self._write_snapshot(last - snapshot[0], last, snapshot[1])
+            self.follow()
+            self.sync()
         except OSError:
             self.discard()
             raise
@@ -1239,14 +1240,16 @@ class _NewFile:
         self.size += len(data)
 
     def follow(self) -> None:
-        """Copy what the old file holds beyond `offset`, up to what is whole by now."""
+        """Copy what the old file holds beyond the offset, up to what is whole by now."""
         end = self._journal.size
+        if self._offset == end:
+            return
         with open(self._old, "rb") as old:
-            old.seek(self.offset)
-            while self.offset < end:
-                chunk = old.read(min(MIB, end - self.offset))
+            old.seek(self._offset)
+            while self._offset < end:
+                chunk = old.read(min(MIB, end - self._offset))
                 self._write(chunk)
-                self.offset += len(chunk)
+                self._offset += len(chunk)
 
     def sync(self) -> None:
         os.fsync(self.file)
@@ -1605,28 +1608,48 @@ class LocalEngine(Engine):
             self._jobs[job.id] = moved(job, verb, **unpack(record))
 
     def _replay_job(self, fields: dict[str, Any]) -> None:
+        # Clients send the same headers again and again: one copy serves all their jobs.
+        fields["headers"], fields["queue"] = sys.intern(fields["headers"]), sys.intern(fields["queue"])
         job = Job(**unpack(fields))
         self._jobs[job.id] = job
-        self._last_number = max(self._last_number, job.number)
+        if job.number > self._last_number:
+            self._last_number = job.number
 
     def _rebuild(self) -> None:
         """Lines, timers and counts from the jobs, oldest first. The clock may have been set while nobody looked."""
         wall, now = microseconds(self._clock.time()), self._clock.monotonic()
         finished = []
+        lines: dict[tuple[str, int], list[Job]] = collections.defaultdict(list)
         jobs, self._jobs = sorted(self._jobs.values()), {}
         for job in jobs:
-            self._order.add(job.number, job.id)
             if job.key is not None:
                 self._keys[job.key] = job.id
-            self._weigh(job, 1)
             if job.state in FINAL:
                 finished.append(job)
+            elif job.state == "pending" and job.ttl is None:
+                lines[job.queue, job.priority].append(job)
             else:
+                self._weigh(job, 1)
                 self._enter(job, now, wall)
+        self._order.numbers.extend(job.number for job in jobs)
+        self._order.ids.extend(job.id for job in jobs)
+        for (queue, priority), line in lines.items():
+            self._enter_line(self._lane(queue), priority, line)
         for job in sorted(finished, key=lambda job: job.finished):
+            self._weigh(job, 1)
             self._enter(job, now, wall)
         self._forget_old(now)
         self._set_alarm()
+
+    def _enter_line(self, lane: _Lane, priority: int, line: list[Job]) -> None:
+        """What _enter does for each, for very many pending jobs at once. They are in order, and so a heap."""
+        lane.counts["pending"] += len(line)
+        self._counts["pending"] += len(line)
+        self._unfinished_bytes += sum(job.size for job in line)
+        self._jobs.update((job.id, job) for job in line)
+        lane.heaps.setdefault(priority, []).extend((job.number, job.id) for job in line)
+        heapq.heapify(lane.heaps[priority])  # others may have been entered one by one
+        lane.priorities = sorted(lane.heaps, reverse=True)
 
     def _snapshot(self) -> tuple[int, Iterator[str]]:
         """All that is alive as records, for a new journal: how many, and their bodies."""

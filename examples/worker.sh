@@ -50,6 +50,7 @@ poll() { # the answer goes to $scratch/answer; empty where no job came within 20
     : >"$scratch/answer"
     curl -sSf "${token[@]}" -o "$scratch/answer" "$server/poll?queue=$queue&wait=20&lease=$lease&worker=$HOSTNAME-$$" &
     polling=$!
+    [[ -z $stopping ]] || kill "$polling" # the signal came just before
     wait "$polling"
     local code=$?
     polling=''

@@ -16,6 +16,8 @@ import uuid
 from pathlib import Path
 
 import pytest
+
+from support import ROOT, ServerProcess, call, raw, wait_until
 from wires import (
     WORKERS,
     Client,
@@ -28,10 +30,6 @@ from wires import (
     refused,
 )
 
-import original
-from support import ROOT, ServerProcess, call, raw, wait_until
-
-TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 NOWHERE = "00000000-0000-4000-8000-000000000000"
 
 
@@ -329,6 +327,8 @@ def channel(server):
 def test_the_originals_grpc_clients_work_unchanged(client, channel):
     import grpc
 
+    import original
+
     stub = original.Stub(channel)
     with pytest.raises(grpc.RpcError) as nothing:
         stub.RequestJob(original.message("JobRequest")())
@@ -544,8 +544,20 @@ def check_member(kind, data, text):
         assert json.loads(found["payload"]) == data.decode()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One server for all payloads: none of them changes what the next one sees."""
+    import jobqueue
+
+    with jobqueue.Server(data_dir=tmp_path_factory.mktemp("shared"), port=0, grpc_port=0) as server:
+        yield server
+        server.stop(drain=0)
+
+
 @pytest.mark.parametrize("kind, data", PAYLOADS)
-def test_a_payload_reaches_the_worker_as_it_was_sent(server, client, kind, data):
+def test_a_payload_reaches_the_worker_as_it_was_sent(shared, kind, data):
+    client = Client(shared)
+    client.call("DELETE", "/api/admin/clear")
     http, grpc = client.put(data), client.put(data, queue="grpc")
     check_member(kind, data, client.call("GET", f"/api/jobs/{http}").body.decode())
     check_member(kind, data, client.call("GET", "/api/admin/next").body.decode())
@@ -553,7 +565,7 @@ def test_a_payload_reaches_the_worker_as_it_was_sent(server, client, kind, data)
     assert answer.status == 200
     assert members(answer.body.decode())["job_id"] == f'"{http}"'
     check_member(kind, data, answer.body.decode())
-    job = WORKERS["grpc"](server).poll(queue="grpc")
+    job = WORKERS["grpc"](shared).poll(queue="grpc")
     assert job.id == grpc
     if kind == "binary":
         assert (job.payload, job.data) == ("", data)
@@ -562,7 +574,10 @@ def test_a_payload_reaches_the_worker_as_it_was_sent(server, client, kind, data)
 
 
 @pytest.mark.parametrize("kind, data", PAYLOADS)
-def test_a_result_reaches_the_client_as_it_was_handed_in(client, worker, kind, data):
+@pytest.mark.parametrize("wire", WORKERS)
+def test_a_result_reaches_the_client_as_it_was_handed_in(shared, wire, kind, data):
+    client, worker = Client(shared), WORKERS[wire](shared)
+    client.call("DELETE", "/api/admin/clear")
     held = client.hold()
     job = worker.poll()
     worker.complete(job, data)

@@ -6,10 +6,10 @@ import json
 import re
 
 import pytest
-from wires import WORKERS, Client, Refused, check_problem, elements, later, members, ok, refused
 
 import jobqueue
 from support import FakeClock, call, connect, raw, wait_until
+from wires import WORKERS, Client, Refused, check_problem, elements, later, members, ok, refused
 
 BIT = 0.01
 HOUR, DAY = 3600, 86_400

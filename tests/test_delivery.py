@@ -9,10 +9,10 @@ import socket
 import struct
 
 import pytest
-from wires import WORKERS, Client, Got, Refused, at_once, check_problem, later, ok, refused
 
 import jobqueue
 from support import FakeClock, call, connect, wait_until
+from wires import WORKERS, Client, Got, Refused, at_once, check_problem, later, ok, refused
 
 MONTH = 30 * 86_400
 NOWHERE = "00000000-0000-4000-8000-000000000000"

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import sys
 import threading
-from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_contract import HOUR, PATIENCE, STATES, EngineContract, Queue, refused
+from local_engine import local_queues, open_engine, restart
 
 import jobqueue
+from engine_contract import HOUR, PATIENCE, STATES, EngineContract, Queue, refused
 from jobqueue import Claim, LocalEngine, Settings
-from support import FakeClock, wait_until
-
-
-def open_engine(folder: Path, clock: FakeClock, **settings: Any) -> LocalEngine:
-    return LocalEngine(Settings(data_dir=str(folder), **settings), clock)
-
-
-def restart(engine: LocalEngine, clock: FakeClock, how: str, **settings: Any) -> LocalEngine:
-    """After a crash the new engine finds what the old one had written by then, and no more."""
-    folder = Path(engine.journal.folder)
-    if how == "crash":
-        copy = folder.with_name(folder.name + "+")
-        shutil.copytree(folder, copy)
-        engine.close()
-        folder = copy
-    engine.close()
-    return open_engine(folder, clock, **settings)
+from support import wait_until
 
 
 class TestLocalEngine(EngineContract):
@@ -44,18 +26,8 @@ class TestLocalEngine(EngineContract):
 @pytest.fixture
 def make_queue(tmp_path, clock):
     """make_queue(**settings) -> Queue on a LocalEngine whose disk is not waited for."""
-    made: list[Queue] = []
-
-    def make(**settings: Any) -> Queue:
-        settings.setdefault("fsync", "never")
-        engine = open_engine(tmp_path / str(len(made)), clock, **settings)
-        queue = Queue(engine, clock, again=lambda how: restart(queue.engine, clock, how, **settings))
-        made.append(queue)
-        return queue
-
-    yield make
-    for queue in made:
-        queue.engine.close()
+    with local_queues(tmp_path, clock, fsync="never") as make:
+        yield make
 
 
 @pytest.fixture

@@ -371,6 +371,8 @@ def test_over_http_an_error_is_a_problem_with_its_code_and_status(world, code):
     assert ("retry-after" in answer.headers) == (code in ("draining", "queue_full", "too_many_clients"))
     if "retry-after" in answer.headers:
         assert int(answer.headers["retry-after"]) >= 1
+    if answer.status == 503:  # with a job's id it means: the outcome is unknown
+        assert ("job_id" in problem) == (code == "outcome_unknown")
     if code in CLOSES:
         assert answer.headers["connection"] == "close"
     if code in WITH_JOB_ID:

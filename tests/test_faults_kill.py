@@ -154,7 +154,7 @@ def test_after_kill_9_jobs_come_back_in_their_place_with_their_attempts(tmp_path
             for number, priority in enumerate(priorities)
         ]
         order = [job_id for _, _, job_id in sorted(sent)]
-        failed, released, leased = call(server.url, "GET", "/api/worker/poll?max=3&lease=1").json()["jobs"]
+        failed, released, leased = call(server.url, "GET", "/api/worker/poll?max=3&lease=2").json()["jobs"]
         verb(server, "fail", failed, "&delay=0")
         verb(server, "release", released)
         server.kill()

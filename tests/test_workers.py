@@ -7,10 +7,10 @@ import dataclasses
 import json
 
 import pytest
-from wires import WORKERS, Client, Refused, at_once, check_problem, later, members, ok, refused
 
 import jobqueue
 from support import wait_until
+from wires import WORKERS, Client, Refused, at_once, check_problem, later, members, ok, refused
 
 BIT = 0.01
 NOWHERE = "00000000-0000-4000-8000-000000000000"

@@ -1,0 +1,828 @@
+"""The command line, each command as a process of its own against a real server: what it prints and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobqueue
+from support import ROOT, ServerProcess, call, start_server, wait_until
+from wires import Client, WorkerOverHttp, later
+
+OK, NO, USAGE, DATA, UNREACHABLE, NOT_YET = 0, 1, 2, 3, 69, 75
+NOBODY = "http://127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> ServerProcess:
+    """One for all tests here that do not stop it; each test has its own queues."""
+    return start_server(tmp_path_factory.mktemp("cli"), "--fsync", "never", "--grpc-port", "off")
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Client:
+    return Client(server)
+
+
+@pytest.fixture
+def queue(request: pytest.FixtureRequest) -> str:
+    """A queue of this test alone."""
+    return f"q{abs(hash(request.node.nodeid)):x}"[:40]
+
+
+def environment(url: str, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JOBQUEUE_")}
+    return {**kept, "JOBQUEUE_URL": url, **more}
+
+
+def spawn(url: str, *arguments: str, given: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command as a process, to its end."""
+    command = [sys.executable, str(ROOT / "jobqueue.py"), *arguments]
+    return subprocess.run(command, input=given, capture_output=True, env=environment(url, **env), timeout=60)
+
+
+@pytest.fixture
+def cli(capsysbinary, monkeypatch) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """The same in this process, which spares most of the time: starting Python is the larger part of a command."""
+
+    def run(url: str, *arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        capsysbinary.readouterr()
+        with monkeypatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith("JOBQUEUE_")]:
+                patch.delenv(name)
+            patch.setenv("JOBQUEUE_URL", url)
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+            try:
+                code = jobqueue.main(list(arguments))
+            except SystemExit as end:
+                code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsysbinary.readouterr())
+
+    return run
+
+
+def said(done: subprocess.CompletedProcess[bytes], code: int = OK) -> str:
+    """What it printed, given that it ended with this code; an error is one line on stderr and no traceback."""
+    errors = done.stderr.decode()
+    assert done.returncode == code, (done, errors)
+    assert "Traceback" not in errors
+    if code in (OK, NOT_YET) and not errors:
+        return done.stdout.decode()
+    assert errors.count("\n") == 1 and errors.endswith("\n"), errors
+    assert errors.startswith("jobqueue"), errors
+    return done.stdout.decode()
+
+
+class Working:
+    """`jobqueue.py work` in a process of its own, which is ended with the test."""
+
+    def __init__(self, url: str, *arguments: str, **env: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobqueue.py"), "work", *arguments],
+            env=environment(url, **env), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            self._lines.append(line.decode(errors="replace"))
+
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def wait_log(self, text: str) -> None:
+        wait_until(lambda: text in self.log(), 15, f"{text!r} in the worker's log")
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float = 15) -> int:
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return code
+
+
+@pytest.fixture
+def work() -> Iterator[Callable[..., Working]]:
+    """work(url, *arguments): a worker that runs until the test ends."""
+    started: list[Working] = []
+
+    def start(url: str, *arguments: str, **env: str) -> Working:
+        started.append(Working(url, *arguments, **env))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        if worker.process.poll() is None:
+            worker.process.kill()
+        worker.wait()
+
+
+def serve_one(server: ServerProcess, queue: str, result: bytes) -> Any:
+    """Complete the next job of the queue, in the background."""
+
+    def take() -> Any:
+        worker = WorkerOverHttp(server)
+        job = worker.poll(queue=queue, wait=20)
+        worker.complete(job, result)
+        return job
+
+    return later(take)
+
+
+# -- help and bad input
+
+
+@pytest.mark.parametrize("name", jobqueue.COMMANDS)
+def test_help_of_a_command_has_an_example_of_it(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        jobqueue.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == OK
+    assert f"example: jobqueue.py {name}" in " ".join(text.split())
+
+
+def test_help_names_every_command_and_version_says_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        jobqueue.main(["--help"])
+    assert end.value.code == OK
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert set(jobqueue.COMMANDS) <= {words[0] for words in lines if words}
+    with pytest.raises(SystemExit):
+        jobqueue.main(["--version"])
+    assert capsys.readouterr().out == f"jobqueue {jobqueue.__version__}\n"
+
+
+BAD = {
+    "unknown command": (["srve"], "srve"),
+    "unknown flag": (["--prot", "1"], "--prot"),
+    "port that is no number": (["--port", "http"], "http"),
+    "port out of range": (["serve", "--port", "70000"], "70000"),
+    "lease too short": (["--lease", "0"], "lease"),
+    "fsync unknown": (["--fsync", "sometimes"], "always, interval, never"),
+    "switch that is neither": (["--insecure", "perhaps"], "perhaps"),
+    "log format": (["--log-format", "xml"], "text, json"),
+    "wide host without tokens": (["--host", "0.0.0.0"], "--tokens"),
+    "token file that is not there": (["--tokens", "/nowhere/tokens"], "/nowhere/tokens"),
+    "certificate that is not there": (["--tls-cert", "/nowhere/cert"], "--tls-cert"),
+    "key without certificate": (["--tls-key", "/nowhere/key"], "--tls-cert"),
+    "work without a command": (["work"], "COMMAND"),
+    "work with both": (["work", "--forward", "http://x/", "--", "cat"], "--forward"),
+    "work with concurrency 0": (["work", "--concurrency", "0", "--", "cat"], "concurrency"),
+    "work with a lease that is too long": (["work", "--lease", "99999", "--", "cat"], "99999"),
+    "forward to no URL": (["work", "--forward", "localhost:8000"], "localhost:8000"),
+    "submit without a payload": (["submit"], "PAYLOAD"),
+    "submit with both": (["submit", "1", "--file", "x"], "--file"),
+    "submit a file that is not there": (["submit", "--file", "/nowhere/jobs"], "/nowhere/jobs"),
+    "submit with a bad priority": (["submit", "1", "--priority", "12"], "0 to 9"),
+    "submit to a bad queue": (["submit", "1", "--queue", "a b"], "a b"),
+    "submit with a bad delay": (["submit", "1", "--delay", "soon"], "soon"),
+    "submit with a CA that is not there": (["submit", "1", "--url", "https://x", "--ca", "/nowhere/ca"], ""),
+    "jobs in no state": (["jobs", "--status", "done"], "done"),
+    "jobs with limit 0": (["jobs", "--limit", "0"], "limit"),
+    "requeue without anything": (["requeue"], "JOB_ID"),
+    "requeue with both": (["requeue", "x", "--status", "failed"], "JOB_ID"),
+    "cancel without an id": (["cancel"], "JOB_ID"),
+    "check without a folder": (["check"], "DATA_DIR"),
+    "token without a scope": (["token"], "--scope"),
+    "token of no scope": (["token", "--scope", "root"], "client, worker, admin"),
+    "token with an empty scope": (["token", "--scope", ""], "client, worker, admin"),
+    "URL of another kind": (["stats", "--url", "ftp://localhost"], "ftp://localhost"),
+    "URL without a scheme": (["stats", "--url", "localhost:3000"], "localhost:3000"),
+    "URL with a port that is none": (["stats", "--url", "http://localhost:http"], ""),
+    "token name with a line end": (["token", "--scope", "worker", "--name", "a\nadmin b"], "name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_that_says_what_is_wrong_and_exit_2(case, capsys, tmp_path, monkeypatch):
+    arguments, names = BAD[case]
+    monkeypatch.chdir(tmp_path)  # where `serve` would make its data folder
+    monkeypatch.delenv("JOBQUEUE_URL", raising=False)
+    try:
+        code = jobqueue.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    out, errors = capsys.readouterr()
+    assert (code, out) == (USAGE, ""), errors
+    assert errors.count("\n") == 1 and errors.endswith("\n") and errors.startswith("jobqueue"), errors
+    assert names in errors
+    assert "Traceback" not in errors
+
+
+def test_bad_input_to_a_process_is_one_line_and_exit_2():
+    assert said(spawn(NOBODY, "submit", "1", "--priority", "12"), USAGE) == ""
+    assert said(spawn(NOBODY, JOBQUEUE_LEASE="long"), USAGE) == ""  # a setting of serve, from the environment
+
+
+def test_a_server_that_cannot_be_reached_is_exit_69():
+    done = spawn(NOBODY, "stats")
+    said(done, UNREACHABLE)
+    assert NOBODY in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["submit", "1"], ["jobs"], ["requeue", "x"], ["cancel", "x"], ["pause"], ["resume"], ["jobs", "x"]],
+    ids=" ".join,
+)
+def test_every_command_that_talks_to_a_server_ends_with_69_without_one(arguments, capsys):
+    assert jobqueue.main([*arguments, "--url", NOBODY]) == UNREACHABLE
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_job_that_is_not_there_is_exit_1(server, client, cli):
+    for arguments in (["jobs", "none"], ["cancel", "none"], ["requeue", "none"], ["cancel", "a/b?c"]):
+        done = cli(server.url, *arguments)
+        assert said(done, NO) == ""
+
+
+# -- submit
+
+
+RESULTS = {
+    "text": (b"f\xc3\xbcr dich", b"f\xc3\xbcr dich\n"),
+    "text with a line end": (b"two\nlines\n", b"two\nlines\n"),
+    "JSON": (b'{"a": 1.0, "a": 12345678901234567890}', b'{"a": 1.0, "a": 12345678901234567890}\n'),
+    "bytes": (bytes(range(256)), bytes(range(256))),
+    "nothing": (b"", b"{}\n"),
+}
+
+
+def test_submit_waits_and_prints_the_result_as_the_worker_sent_it(server, queue, cli):
+    for result, printed in RESULTS.values():
+        taken = serve_one(server, queue, result)
+        done = cli(server.url, "submit", '{"x": 1.0}', "--queue", queue)
+        said(done)
+        assert done.stdout == printed
+        assert taken.result(10).payload == '{"x": 1.0}'
+
+
+def test_submit_reads_a_payload_of_any_bytes_from_stdin(server, queue, seed, cli):
+    payload = random.Random(seed).randbytes(300_000)
+    taken = serve_one(server, queue, b"1")
+    assert said(cli(server.url, "submit", "-", "--queue", queue, given=payload)) == "1\n"
+    assert taken.result(10).data == payload
+
+
+def test_submit_with_json_prints_the_whole_answer(server, queue, cli):
+    serve_one(server, queue, b"[1]")
+    answer = json.loads(said(cli(server.url, "submit", "hello", "--json", "--queue", queue)))
+    assert set(answer) == {"job_id", "payload", "created_at", "completed_at"} and answer["payload"] == [1]
+
+
+def test_submit_without_waiting_prints_the_id_and_its_options_arrive(server, client, queue, cli):
+    flags = ["--wait", "0", "--priority", "7", "--ttl", "500", "--lease", "33", "--attempts", "9", "--key", "k1",
+             "--content-type", "text/csv"]
+    job_id = said(cli(server.url, "submit", "a,b", "--queue", queue, *flags)).strip()
+    job = client.view(job_id)
+    assert (job["queue"], job["priority"], job["attempts"], job["payload"]) == (queue, 7, 9, "a,b")
+    assert job["headers"]["Content-Type"] == "text/csv" and "expires_at" in job
+    assert WorkerOverHttp(server).poll(queue=queue).lease_seconds == 33
+    again = said(cli(server.url, "submit", "a,b", "--queue", queue, *flags)).strip()
+    assert again == job_id  # the key attached it
+    done = cli(server.url, "submit", "other", "--queue", queue, *flags)
+    said(done, NO)
+    delayed = said(cli(server.url, "submit", "1", "--queue", queue, "--wait", "0", "--delay", "60")).strip()
+    assert client.status(delayed) == "delayed"
+
+
+def test_a_wait_that_is_over_prints_the_id_and_is_exit_75(server, client, queue, cli):
+    job_id = said(cli(server.url, "submit", "1", "--queue", queue, "--wait", "0.05"), NOT_YET).strip()
+    assert client.status(job_id) == "pending"
+
+
+def test_a_job_that_ends_without_a_result_is_exit_1_with_the_reason(server, client, queue, cli):
+    submitting = later(spawn, server.url, "submit", "1", "--queue", queue)
+    worker = WorkerOverHttp(server)
+    worker.fail(worker.poll(queue=queue, wait=20), "no such colour", retry=False)
+    done = submitting.result(20)
+    said(done, NO)
+    assert b"no such colour" in done.stderr
+    done = cli(server.url, "submit", "1", "--queue", queue, "--ttl", "0.01")
+    said(done, NO)
+    submitting = later(spawn, server.url, "submit", "1", "--queue", queue)
+    job = wait_until(lambda: client.call("GET", "/api/jobs", queue=queue, status="pending").json()["jobs"])[0]
+    client.cancel(job["job_id"])
+    done = submitting.result(20)
+    said(done, NO)
+    assert b"cancelled" in done.stderr
+
+
+def test_a_server_that_is_too_busy_is_exit_75_and_a_payload_too_large_exit_1(process, work, cli):
+    small = process("--max-jobs", "1", "--max-payload", "100", "--grpc-port", "off", "--attempts", "5")
+    job_id = said(cli(small.url, "submit", "1", "--wait", "0")).strip()
+    said(cli(small.url, "submit", "1", "--wait", "0"), NOT_YET)
+    said(cli(small.url, "submit", "--file", "-", given=b"1\n2\n"), NOT_YET)
+    said(cli(small.url, "submit", "x" * 101), NO)
+    # A result that is too large will be so next time too: the job has failed for good.
+    work(small.url, "--", "sh", "-c", "head -c 101 /dev/zero")
+    client = Client(small)
+    client.wait_status(job_id, "failed")
+    assert "100" in client.view(job_id)["error"]
+
+
+def test_a_file_is_submitted_line_by_line_and_the_ids_are_printed_in_order(server, client, queue, tmp_path, cli):
+    path = tmp_path / "many.ndjson"
+    path.write_bytes(b'{"n": 1.0}\n\nplain text\n"last"')
+    ids = said(cli(server.url, "submit", "--file", str(path), "--queue", queue, "--priority", "3")).split()
+    views = [client.view(job_id) for job_id in ids]
+    assert [view["payload"] for view in views] == [{"n": 1.0}, "plain text", "last"]
+    assert {(view["queue"], view["priority"]) for view in views} == {(queue, 3)}
+    ids = said(cli(server.url, "submit", "--file", "-", "--queue", queue, given=b"1\r\n2\r\n")).split()
+    assert [client.view(job_id)["payload"] for job_id in ids] == [1, 2]
+
+
+def test_a_large_file_shows_its_progress_on_a_terminal_and_is_whole(server, client, queue, tmp_path):
+    path = tmp_path / "many.ndjson"
+    path.write_text("".join(f"{number}\n" for number in range(10_001)))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "jobqueue.py"), "submit", "--file", str(path), "--queue", queue]
+    with contextlib.closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
+        done = subprocess.run(command, env=environment(server.url), stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+        os.close(theirs)
+        shown = terminal.read(65536).decode()
+    assert done.returncode == OK
+    assert len(set(done.stdout.split())) == 10_001
+    assert "5000 jobs submitted" in shown and "10001 jobs submitted (100 %)" in shown
+    assert client.stats()["queues"][queue]["pending"] == 10_001
+
+
+# -- looking and steering
+
+
+def test_jobs_lists_newest_first_and_shows_one(server, client, queue, cli):
+    ids = [client.put(b'{"n": %d}' % number, queue=queue) for number in range(3)]
+    rows = said(cli(server.url, "jobs", "--queue", queue)).splitlines()
+    assert [row.split()[:3] for row in rows] == [[job_id, "pending", queue] for job_id in reversed(ids)]
+    rows = said(cli(server.url, "jobs", "--queue", queue, "--limit", "2", "--json")).splitlines()
+    assert [json.loads(row)["job_id"] for row in rows] == ids[:0:-1]
+    client.cancel(ids[1])
+    assert said(cli(server.url, "jobs", "--queue", queue, "--status", "cancelled")).split()[0] == ids[1]
+    assert said(cli(server.url, "jobs", "--queue", queue, "--status", "failed")) == ""
+    lines = dict(line.split(None, 1) for line in said(cli(server.url, "jobs", ids[0])).splitlines())
+    assert (lines["job_id"], lines["status"], lines["queue"]) == (ids[0], "pending", queue)
+    assert json.loads(said(cli(server.url, "jobs", ids[0], "--json"))) == client.view(ids[0])
+
+
+def test_stats_shows_each_queue_and_the_sum(server, client, queue):
+    client.put(queue=queue)
+    client.put(queue=queue, delay=60)
+    rows = [line.split() for line in said(spawn(server.url, "stats")).splitlines()]
+    assert rows[0] == ["queue", "pending", "running", "delayed", "completed", "failed", "expired", "cancelled"]
+    assert [queue[:40], "1", "0", "1", "0", "0", "0", "0"] in rows
+    assert json.loads(said(spawn(server.url, "stats", "--json")))["queues"][queue]["delayed"] == 1
+
+
+def test_cancel_and_requeue_one_job_and_all_that_failed(server, client, queue, cli):
+    first, second = client.put(queue=queue), client.put(queue=queue)
+    said(cli(server.url, "cancel", first))
+    assert client.status(first) == "cancelled"
+    done = cli(server.url, "cancel", first)
+    said(done, NO)  # it has come to its end
+    said(cli(server.url, "requeue", first))
+    assert client.status(first) == "pending"
+    worker = WorkerOverHttp(server)
+    for _ in range(2):
+        worker.fail(worker.poll(queue=queue), "no", retry=False)
+    assert said(cli(server.url, "requeue", "--status", "failed", "--queue", queue)) == "2 jobs requeued\n"
+    assert [client.status(job_id) for job_id in (first, second)] == ["pending", "pending"]
+    answer = json.loads(said(cli(server.url, "requeue", "--status", "failed", "--queue", queue, "--json")))
+    assert answer["requeued"] == 0
+
+
+def test_pause_stops_the_handing_out_and_resume_starts_it_again(server, client, queue, cli):
+    client.put(queue=queue)
+    assert said(cli(server.url, "pause", "--queue", queue)) == f"paused: {queue}\n"
+    worker = WorkerOverHttp(server)
+    assert worker.poll(queue=queue) is None
+    assert json.loads(said(cli(server.url, "resume", "--queue", queue, "--json")))["paused"] == []
+    assert worker.poll(queue=queue) is not None
+
+
+def test_output_into_a_pipe_that_closes_early_is_no_error(server, client, queue):
+    for number in range(50):
+        client.put(b"%d" % number, queue=queue)
+    command = f'"{sys.executable}" "{ROOT / "jobqueue.py"}" jobs --queue {queue} | head -n 1'
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], env=environment(server.url),
+                          capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout.count(b"\n")) == (0, b"", 1)
+
+
+# -- check and token
+
+
+@pytest.fixture
+def journal(process) -> Path:
+    """A journal of a server that has stopped: one job completed, one pending."""
+    server = process("--grpc-port", "off")
+    client, worker = Client(server), WorkerOverHttp(server)
+    client.put(b'"one"')
+    worker.complete(worker.poll(), b"1")
+    client.put(b'"two"')
+    # A journal in use may be checked: it is only read.
+    assert "good" in said(spawn(NOBODY, "check", str(server.process.args[3])))
+    assert server.stop() == OK
+    return Path(server.process.args[3]) / "journal.jsonl"
+
+
+def test_check_says_what_a_journal_holds(journal, capsys):
+    before = journal.read_bytes()
+    assert jobqueue.main(["check", str(journal.parent)]) == OK
+    text = capsys.readouterr().out
+    assert "closed cleanly" in text and "1 pending" in text and "1 completed" in text
+    assert jobqueue.main(["check", str(journal), "--json"]) == OK
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["jobs"]["pending"], answer["jobs"]["completed"]) == (1, 1)
+    assert (answer["clean_stop"], answer["torn_bytes"], answer["bytes"]) == (True, 0, len(before))
+    assert jobqueue.main(["check", "--dump", str(journal.parent)]) == OK
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == answer["records"]
+    assert [record["op"] for record in records].count("submit") == 2
+    assert journal.read_bytes() == before
+
+
+def test_check_takes_a_torn_tail_for_what_it_is(journal, capsys):
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1])[:-5])
+    assert jobqueue.main(["check", str(journal.parent), "--json"]) == OK
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["torn_bytes"] > 0 and not answer["clean_stop"]
+
+
+def test_a_damaged_journal_is_exit_3_with_file_and_offset_for_check_and_serve(journal, capsys):
+    data = bytearray(journal.read_bytes())
+    where = data.index(b"one")
+    data[where] ^= 1
+    journal.write_bytes(data)
+    assert jobqueue.main(["check", str(journal.parent)]) == DATA
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and str(journal) in errors
+    line = data.rindex(b"\n", 0, where) + 1
+    assert str(line) in errors, f"the damaged line begins at {line}"
+    done = spawn(NOBODY, "--data-dir", str(journal.parent), "--port", "0", "--grpc-port", "off")
+    assert said(done, DATA) == ""
+    assert str(journal).encode() in done.stderr and b"%d" % line in done.stderr
+    assert journal.read_bytes() == data  # nothing was changed
+
+
+def test_a_journal_that_is_not_there_is_exit_3(tmp_path, capsys):
+    assert jobqueue.main(["check", str(tmp_path)]) == DATA
+    assert str(tmp_path) in capsys.readouterr().err
+    (tmp_path / "journal.jsonl").write_bytes(b"")
+    assert jobqueue.main(["check", str(tmp_path)]) in (OK, DATA)  # an empty file: said, not thrown
+    capsys.readouterr()
+    (tmp_path / "journal.jsonl").write_bytes(b"\x7fELF" * 100)
+    assert jobqueue.main(["check", str(tmp_path)]) == DATA
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_token_is_a_line_for_the_file_and_never_the_same_twice(capsys):
+    for arguments in (["--scope", "worker,client", "--name", "gpu host 1"], ["--scope", "admin"]):
+        assert jobqueue.main(["token", *arguments]) == OK
+        assert jobqueue.main(["token", *arguments]) == OK
+    lines = [line.split(None, 2) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0][::2] == ["worker,client", "gpu host 1"] and lines[2][:1] == ["admin"]
+    assert len({words[1] for words in lines}) == 4
+    assert all(len(words[1]) >= 32 for words in lines)
+
+
+# -- serve
+
+
+def test_a_setting_is_taken_from_the_environment_and_a_flag_wins(tmp_path):
+    env = environment(NOBODY, PORT="0", GRPC_PORT="off", JOBQUEUE_DATA_DIR="elsewhere", JOBQUEUE_ATTEMPTS="7",
+                      JOBQUEUE_LEASE="11")
+    flags = ["--lease", "22", "--attempts", "7"]
+    command = [sys.executable, str(ROOT / "jobqueue.py"), *flags[:2]]
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = process.stderr.readline()
+            assert " INFO ready http=http://127.0.0.1:" in ready and " grpc=off " in ready, ready
+            url = ready.split("http=")[1].split()[0]
+            job_id = call(url, "POST", "/api/submit?wait=0", b"1").json()["job_id"]
+            assert call(url, "GET", f"/api/jobs/{job_id}").json()["attempts"] == 7
+            assert call(url, "GET", "/api/worker/poll").json()["lease_seconds"] == 22
+            assert (tmp_path / "elsewhere" / "journal.jsonl").exists()
+        finally:
+            process.kill()
+
+
+def test_a_port_that_is_taken_is_exit_2_and_a_folder_in_use_exit_3(server, tmp_path):
+    flags = ["--data-dir", str(tmp_path / "data"), "--grpc-port", "off"]
+    done = spawn(NOBODY, *flags, "--port", str(server.port))
+    said(done, USAGE)
+    assert str(server.port).encode() in done.stderr
+    done = spawn(NOBODY, "--grpc-port", "off", "--port", "0", "--data-dir", server.process.args[3])
+    said(done, DATA)
+    assert server.process.args[3].encode() in done.stderr
+
+
+def test_a_port_for_grpc_that_is_taken_is_exit_2(server, tmp_path):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    done = spawn(NOBODY, "--data-dir", str(tmp_path / "data"), "--port", "0", "--grpc-port", str(server.port))
+    said(done, USAGE)
+
+
+def test_everything_but_grpc_works_without_grpcio(tmp_path, work):
+    hidden = tmp_path / "hidden" / "grpc"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ImportError('no grpcio here')\n")
+    path = {"PYTHONPATH": str(hidden.parent)}
+    server = start_server(tmp_path, env=path)
+    assert server.grpc_port is None and "pip install" in server.log()
+    worker = work(server.url, "--", "tr", "a-z", "A-Z", **path)
+    assert said(spawn(server.url, "submit", "hello", **path)) == "HELLO\n"
+    assert said(spawn(server.url, "jobs", "--status", "completed", **path)).count("\n") == 1
+    worker.terminate()
+    assert worker.wait() == OK
+    assert server.stop() == OK
+
+
+# -- work with a command
+
+
+def test_exit_0_completes_with_stdout_and_any_bytes_pass_unchanged(server, client, queue, work, seed):
+    work(server.url, "--queue", queue, "--", "cat")
+    rng = random.Random(seed)
+    payloads = [bytes(range(256)), rng.randbytes(500_000), b'{"a": 1.0, "a": 12345678901234567890}',
+                "für dich\0\r\n".encode(), b"", b"text " * 50_000]
+    ids = [client.put(payload, queue=queue) for payload in payloads]
+    for job_id, payload in zip(ids, payloads, strict=True):
+        client.wait_status(job_id, "completed")
+        # An empty submit is the payload "", and an empty result the result {}.
+        assert client.result(job_id) == (payload or b"{}")
+    quoted = client.put(b'"x"', {"Content-Type": "application/json"}, queue=queue)
+    client.wait_status(quoted, "completed")
+    assert client.result(quoted) == b'"x"'
+
+
+def test_a_command_that_reads_nothing_completes_too(server, client, queue, work):
+    work(server.url, "--queue", queue, "--", "echo", "done")
+    answer = client.submit(b"x" * 1_000_000, queue=queue, wait=20)
+    assert answer.json()["payload"] == "done\n"
+
+
+def test_exit_75_asks_for_a_retry(server, client, queue, work):
+    job_id = client.put(queue=queue, attempts=2)
+    work(server.url, "--queue", queue, "--", "sh", "-c", "echo busy >&2; exit 75")
+    client.wait_status(job_id, "delayed")
+    job = client.view(job_id)
+    assert (job["attempt"], job["error"]) == (2, "busy")
+    client.wait_status(job_id, "failed")  # a second later: the attempts are used up
+
+
+def test_any_other_exit_fails_for_good_with_the_end_of_stderr(server, client, queue, work):
+    script = 'if [ "$(cat)" = 9 ]; then kill -9 $$; fi; head -c 20000 /dev/zero | tr "\\0" x >&2; echo end >&2; exit 3'
+    work(server.url, "--queue", queue, "--", "sh", "-c", script)
+    job_id, killed = client.put(b"1", queue=queue, attempts=5), client.put(b"9", queue=queue, attempts=5)
+    client.wait_status(job_id, "failed")
+    error = client.view(job_id)["error"]
+    assert error.endswith("xend") and 100 < len(error) <= 4096
+    client.wait_status(killed, "failed")
+    assert client.view(killed)["error"] == "sh ended with -9"
+
+
+def test_a_command_that_is_not_there_is_told_and_the_job_is_tried_again(server, client, queue, work):
+    job_id = client.put(queue=queue)
+    worker = work(server.url, "--queue", queue, "--", "/nowhere/command")
+    client.wait_status(job_id, "delayed")
+    assert "/nowhere/command" in client.view(job_id)["error"]
+    assert worker.process.poll() is None
+
+
+def test_the_environment_tells_the_job_and_its_headers(server, client, queue, work):
+    work(server.url, "--queue", f"other,{queue}", "--worker", "envoy", "--", "env", "-0")
+    headers = {"X-Trace-Id": "t 1", "Content-Type": "text/plain", "Authorization": "Bearer secret"}
+    job_id = client.put(b"1", headers, queue=queue)
+    client.wait_status(job_id, "completed")
+    values = dict(item.split("=", 1) for item in client.result(job_id).decode().split("\0") if item)
+    assert (values["JOB_ID"], values["JOB_QUEUE"], values["JOB_ATTEMPT"]) == (job_id, queue, "1")
+    assert (values["JOB_HEADER_X_TRACE_ID"], values["JOB_HEADER_CONTENT_TYPE"]) == ("t 1", "text/plain")
+    assert "JOB_HEADER_AUTHORIZATION" not in values and "PATH" in values
+    assert client.view(job_id)["worker"] == "envoy"
+
+
+WAIT_FOR_GO = "touch started; while [ ! -e go ]; do sleep 0.05; done; echo done"
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch) -> Path:
+    """The folder in which the commands run: they touch `started`, and end when there is `go`."""
+    folder = tmp_path / "room"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_lease_is_extended_while_the_command_runs(server, client, queue, work, room):
+    work(server.url, "--queue", queue, "--lease", "1", "--", "sh", "-c", WAIT_FOR_GO)
+    job_id = client.put(queue=queue)
+    client.wait_status(job_id, "processing")
+    seen = {client.view(job_id)["lease_expires_at"]}
+
+    def extended() -> bool:
+        seen.add(client.view(job_id)["lease_expires_at"])
+        return len(seen) > 4  # four thirds of a lease
+
+    wait_until(extended, 15, "a lease that is extended again and again")
+    (room / "go").touch()
+    client.wait_status(job_id, "completed")
+    assert (client.view(job_id)["attempt"], client.view(job_id)["deliveries"]) == (1, 1)
+
+
+def gone(pid: int) -> bool:
+    """Ended, be it that nobody has asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to see whether a process is gone")
+@pytest.mark.parametrize("how", ["cancelled", "cleared away and lost"])
+def test_a_job_that_is_cancelled_or_lost_kills_the_command_and_its_children(process, work, room, how):
+    server = process("--fsync", "never", "--grpc-port", "off")
+    client = Client(server)
+    script = 'if [ "$(cat)" = next ]; then exit 0; fi; sleep 1000 & echo $! $$ > new; mv new pids; wait'
+    worker = work(server.url, "--lease", "1", "--", "sh", "-c", script)
+    job_id = client.put(b"1")
+    pids = [int(pid) for pid in wait_until(lambda: (room / "pids").exists() and (room / "pids").read_text()).split()]
+    assert len(pids) == 2 and not any(map(gone, pids))
+    if how == "cancelled":
+        client.cancel(job_id)
+    else:
+        assert client.call("DELETE", "/api/admin/clear").status == 200
+    wait_until(lambda: all(map(gone, pids)), 10, "the end of the command and its child")
+    after = client.put(b"next")
+    client.wait_status(after, "completed")  # the worker goes on
+    assert "job_given_up" in worker.log()
+    if how == "cancelled":
+        assert client.status(job_id) == "cancelled"
+
+
+def test_sigterm_lets_the_running_one_finish_and_takes_no_other(server, client, queue, work, room):
+    first = client.put(queue=queue)
+    worker = work(server.url, "--queue", queue, "--", "sh", "-c", WAIT_FOR_GO)
+    client.wait_status(first, "processing")
+    second = client.put(queue=queue)
+    worker.terminate()
+    assert client.status(first) == "processing"
+    (room / "go").touch()
+    assert worker.wait() == OK
+    assert (client.status(first), client.status(second)) == ("completed", "pending")
+
+
+def test_an_idle_worker_stops_at_once_and_leaves_no_job_behind(server, client, queue, work):
+    before = client.stats()["waiting_workers"]
+    worker = work(server.url, "--queue", queue, "--concurrency", "3", "--", "cat")
+    wait_until(lambda: client.stats()["waiting_workers"] == before + 3)
+    worker.terminate()
+    assert worker.wait(10) == OK
+    wait_until(lambda: client.stats()["waiting_workers"] == before)
+
+
+def test_a_worker_that_is_stopped_at_its_start_stops(server, queue, work):
+    worker = work(server.url, "--queue", queue, "--concurrency", "20", "--", "cat")
+    worker.wait_log("working url=")
+    worker.terminate()
+    assert worker.wait(10) == OK
+
+
+def test_concurrency_runs_so_many_at_the_same_time(server, client, queue, work, room):
+    script = 'touch "$JOB_ID"; while [ "$(ls | wc -l)" -lt 3 ]; do sleep 0.05; done'
+    ids = [client.put(queue=queue) for _ in range(3)]
+    work(server.url, "--queue", queue, "--concurrency", "3", "--", "sh", "-c", script)
+    for job_id in ids:
+        client.wait_status(job_id, "completed")
+
+
+def test_the_worker_survives_a_restart_of_the_server_and_hands_its_result_in(process, work, room):
+    server = process("--grpc-port", "off")
+    job_id = Client(server).put(b"1")
+    worker = work(server.url, "--lease", "1", "--", "sh", "-c", WAIT_FOR_GO)
+    wait_until(lambda: (room / "started").exists())
+    server.kill()
+    (room / "go").touch()
+    worker.wait_log("not_handed_in")
+    again = process("--grpc-port", "off", "--port", str(server.port), "--lease", "1")
+    client = Client(again)
+    client.wait_status(job_id, "completed")
+    job = client.view(job_id)
+    assert (job["attempt"], job["deliveries"], job["result"]) == (1, 1, "done\n")
+    # An idle one comes back by itself, too.
+    client.wait_workers(1)
+    again.kill()
+    third = process("--grpc-port", "off", "--port", str(server.port))
+    after = Client(third).put(b"2")
+    Client(third).wait_status(after, "completed")
+    worker.terminate()
+    assert worker.wait() == OK
+
+
+# -- work with --forward
+
+
+class Service(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the payload names, or the payload itself."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:  # noqa: N802 (the name that http.server wants)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((self.path, dict(self.headers.items()), body))
+        status = int(body[7:]) if body.startswith(b"status ") else 200
+        self.send_response(status)
+        self.send_header("Content-Type", "application/x-test")
+        if status == 503:
+            self.send_header("Retry-After", "77")
+        answer = b"" if status == 204 else body
+        if status != 204:
+            self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def service() -> Iterator[Any]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as running:
+        running.seen = []
+        running.url = f"http://127.0.0.1:{running.server_address[1]}"
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def test_forward_maps_statuses_to_completed_retried_and_failed(server, client, queue, work, service):
+    ends = {200: "completed", 201: "completed", 204: "completed", 429: "delayed", 502: "delayed", 503: "delayed",
+            504: "delayed", 301: "failed", 400: "failed", 404: "failed", 500: "failed"}
+    work(server.url, "--queue", queue, "--concurrency", "2", "--forward", service.url)
+    ids = {status: client.put(b"status %d" % status, queue=queue) for status in ends}
+    for status, end in ends.items():
+        client.wait_status(ids[status], end)
+        job = client.view(ids[status])
+        if end == "completed":
+            assert client.result(ids[status]) == (b"{}" if status == 204 else b"status %d" % status)
+        else:
+            assert f"answered {status}" in job["error"] and job["attempts"] == 3
+    answer = client.call("GET", f"/api/jobs/{ids[201]}/result")
+    assert answer.headers["content-type"] == "application/x-test"
+    # Retry-After is when it is tried again.
+    begin, again = (client.view(ids[503])[name] for name in ("created_at", "available_at"))
+    seconds = jobqueue.datetime.fromisoformat(again) - jobqueue.datetime.fromisoformat(begin)
+    assert 76 <= seconds.total_seconds() <= 77 + 30
+
+
+def test_forward_hands_the_payload_and_its_headers_on_unchanged(server, client, queue, work, service, seed):
+    payload = random.Random(seed).randbytes(200_000)
+    work(server.url, "--queue", queue, "--forward", f"{service.url}/hook/?a=1")
+    job_id = client.put(payload, {"Content-Type": "image/png", "X-Trace-Id": "t1"}, queue=queue)
+    client.wait_status(job_id, "completed")
+    assert client.result(job_id) == payload
+    path, headers, body = service.seen[0]
+    assert (path, body) == ("/hook/?a=1", payload)
+    assert (headers["Content-Type"], headers["X-Trace-Id"]) == ("image/png", "t1")
+    assert (headers["Job-Id"], headers["Job-Queue"], headers["Job-Attempt"]) == (job_id, queue, "1")
+
+
+def test_forward_to_nobody_is_a_retry(server, client, queue, work):
+    work(server.url, "--queue", queue, "--forward", NOBODY)
+    job_id = client.put(queue=queue)
+    client.wait_status(job_id, "delayed")
+
+
+# -- tokens and the command line
+
+
+def test_a_command_sends_its_token_and_a_worker_that_is_refused_ends_with_1(process, tmp_path):
+    lines = [said(spawn(NOBODY, "token", "--scope", scope, "--name", "x")) for scope in ("client", "worker")]
+    path = tmp_path / "tokens"
+    path.write_text("".join(lines))
+    path.chmod(0o600)
+    server = process("--tokens", str(path), "--grpc-port", "off")
+    client, worker = (line.split()[1] for line in lines)
+    assert said(spawn(server.url, "submit", "1", "--wait", "0", JOBQUEUE_TOKEN=client))
+    said(spawn(server.url, "submit", "1", "--wait", "0", "--token", worker), NO)
+    said(spawn(server.url, "submit", "1", "--wait", "0"), NO)
+    done = spawn(server.url, "work", "--concurrency", "3", "--", "cat")
+    assert done.returncode == NO
+    assert b"Traceback" not in done.stderr and b"Authorization" in done.stderr
