@@ -2066,8 +2066,13 @@ class LocalEngine(Engine):
                     self._forget(next(iter(jobs)))
             self._forget_at = min((next(iter(jobs.values())) for jobs in kept.values() if jobs), default=math.inf)
         while len(kept[False]) + len(kept[True]) > settings.keep_jobs or self._finished_bytes > settings.keep_bytes:
-            heads = [next(iter(jobs)) for jobs in kept.values() if jobs]
-            self._forget(min(heads, key=lambda job_id: self._jobs[job_id].finished))
+            ended = {  # the oldest of each kind -> when it ended, on the monotonic clock
+                next(iter(jobs)): next(iter(jobs.values()))
+                - (settings.keep_failed if failed else settings.keep_completed)
+                for failed, jobs in kept.items()
+                if jobs
+            }
+            self._forget(min(ended, key=ended.get))
 
     def _forget(self, job_id: str) -> None:
         job = self._jobs.pop(job_id)
@@ -4783,11 +4788,9 @@ class Connection:
             self._half_close()
 
     def _half_close(self) -> None:
-        if self._server.tls:
-            self.close()
-            return
+        """Over TLS too by the socket alone: the answer tells its length, and what still comes has to be read."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
     def refuse_at_once(self, error: JobQueueError) -> None:
         """One connection too many."""
@@ -4921,19 +4924,19 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             events = self.selector.select(patience)
             self._look_at_the_clock()
             for key, mask in events:
-                key.data(mask)
+                self._run(key.data, mask)
             while self._posted:
-                self._call_posted(self._posted.popleft())
+                self._run(self._posted.popleft())
             while (timed := self.timers.pop_due(self.now)) is not None:
-                timed.expire(self.now)
+                self._run(timed.expire, self.now)
         self._serving = 0
 
     @staticmethod
-    def _call_posted(call: Callable[[], None]) -> None:
+    def _run(call: Callable[..., None], *arguments: Any) -> None:
         try:
-            call()
-        except Exception:  # the server lives
-            log.exception("posted_call_failed")
+            call(*arguments)
+        except Exception:  # whatever it was: the others are served
+            log.exception("serving_failed")
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the serving thread call this: now where this is it, else after one wake-up for all that is posted."""
@@ -4962,13 +4965,16 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                     self._back_off(error)
                     return
                 continue  # the client was gone before it was accepted
-            self._admit(sock, address)
+            try:
+                self._admit(sock, address)
+            except (OSError, ValueError):  # gone before it was looked at
+                sock.close()
 
     def _admit(self, sock: socket.socket, address: Any) -> None:
-        if len(self.connections) >= self.settings.max_connections + 64:
-            sock.close()
-            return
         sock.setblocking(False)
+        if len(self.connections) >= self.settings.max_connections + 64:
+            self._turn_away(sock)
+            return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
             sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
@@ -4976,6 +4982,15 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.connections.add(connection)
         if len(self.connections) > self.settings.max_connections:
             connection.refuse_at_once(JobQueueError("too_many_clients", "too many connections; try again"))
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """So many too many that not even a refusal may take a place: it is said, but not waited for."""
+        error = JobQueueError("too_many_clients", "too many connections; try again")
+        with contextlib.suppress(OSError):
+            if not self.tls:
+                sock.send(render(error_response(error, close=True), False, self.date))
+                sock.shutdown(socket.SHUT_WR)
+        sock.close()
 
     def _back_off(self, error: OSError) -> None:
         """Out of file descriptors: accepting again at once would only burn the processor."""
@@ -5720,6 +5735,7 @@ class Client:
         if self._context and certificate:
             self._context.load_cert_chain(*certificate)
         self._connection: http.client.HTTPConnection | None = None
+        self._hung_up = False
 
     def call(
         self,
@@ -5756,15 +5772,23 @@ class Client:
         self._connection.timeout = timeout
         if self._connection.sock is None:
             self._connection.connect()
+            if self._hung_up:  # while it was being made
+                self.hang_up()
         self._connection.sock.settimeout(timeout)
         return self._connection
 
     def hang_up(self) -> None:
         """From another thread: say that nothing more will be asked; an answer on its way is still read."""
+        self._hung_up = True
         sock = self._connection and self._connection.sock
         if sock:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
+
+    def reopen(self) -> None:
+        """After hang_up: the next call takes a new connection."""
+        self.close()
+        self._hung_up = False
 
     def close(self) -> None:
         if self._connection:
@@ -5823,11 +5847,15 @@ class Worker:
     def _poll(self) -> PolledJob | None:
         self._polling = True
         try:
+            if self._stopping.is_set():
+                return None
             status, _, body = self._client.call(
                 "GET", "/api/worker/poll", timeout=self.WAIT + 30, wait=self.WAIT, **self._options
             )
         finally:
             self._polling = False
+            if self._stopping.is_set():
+                self._client.reopen()
         if status == 200:
             return PolledJob(body)
         if status != 204:
@@ -6024,6 +6052,7 @@ def serve(arguments: argparse.Namespace) -> int:
     server = Server(**given)
     set_up_logging(server.settings.log_format, server.settings.log_level)
     _raise_file_limit(server.settings.max_connections)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would write to stderr in its own way
     bell = _Bell((signal.SIGTERM, signal.SIGINT))
     server.when_failed(bell.ring)
     server.start()
@@ -6418,6 +6447,7 @@ def token(arguments: argparse.Namespace) -> int:
     wrong = set(arguments.scope.split(",")) - set(SCOPES)
     if wrong:
         raise ValueError(f"--scope must be of {', '.join(SCOPES)}, comma-separated, got {arguments.scope!r}")
+    _label("--name", arguments.name)
     print(" ".join(filter(None, (arguments.scope, secrets.token_urlsafe(32), arguments.name))))
     return EXIT_OK
 

@@ -435,12 +435,9 @@ def test_a_large_payload_and_a_large_result_pass_whole_over_tls_and_a_held_submi
 
 @pytest.mark.parametrize("size", [5_000_000, 20_000_000])
 def test_a_refusal_reaches_a_caller_that_is_still_sending_over_tls(size, over_tls, certs):
-    with certs.context().wrap_socket(connect(over_tls.url), server_hostname="localhost") as caller:
-        caller.sendall(b"POST /api/submit?wait=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size)
-        for _ in range(0, size, 100_000):
-            with contextlib.suppress(OSError):  # it need not read it all; what it said must still be there
-                caller.sendall(b"x" * 100_000)
-        assert caller.recv(4096).startswith(b"HTTP/1.1 413 ")
+    """http.client sends all before it reads: a connection that breaks meanwhile hides the answer."""
+    answer = call(over_tls.url, "POST", "/api/submit?wait=0", b"x" * size, context=certs.context())
+    assert (answer.status, check_problem(answer)["code"]) == (413, "payload_too_large")
 
 
 def test_a_large_payload_passes_whole_over_grpc_with_tls(over_tls, certs, seed):

@@ -81,7 +81,7 @@ def said(done: subprocess.CompletedProcess[bytes], code: int = OK) -> str:
     assert done.returncode == code, (done, errors)
     assert "Traceback" not in errors
     if code in (OK, NOT_YET) and not errors:
-        return done.stdout.decode()
+        return done.stdout.decode(errors="replace")
     assert errors.count("\n") == 1 and errors.endswith("\n"), errors
     assert errors.startswith("jobqueue"), errors
     return done.stdout.decode()
@@ -744,9 +744,17 @@ class Service(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_POST(self) -> None:  # noqa: N802 (the name that http.server wants)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+    def do_GET(self) -> None:  # noqa: N802 (the name that http.server wants)
+        self.do_POST()
+
+    do_DELETE = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.server.seen.append((self.path, dict(self.headers.items()), body))
+        if body == b"hang":
+            self.server.let_go.wait(60)
+        body = self.server.answer or body
         status = int(body[7:]) if body.startswith(b"status ") else 200
         self.send_response(status)
         self.send_header("Content-Type", "application/x-test")
@@ -765,10 +773,11 @@ class Service(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def service() -> Iterator[Any]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as running:
-        running.seen = []
+        running.seen, running.answer, running.let_go = [], None, threading.Event()
         running.url = f"http://127.0.0.1:{running.server_address[1]}"
         threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
         yield running
+        running.let_go.set()
         running.shutdown()
 
 
@@ -808,6 +817,31 @@ def test_forward_to_nobody_is_a_retry(server, client, queue, work):
     work(server.url, "--queue", queue, "--forward", NOBODY)
     job_id = client.put(queue=queue)
     client.wait_status(job_id, "delayed")
+
+
+def test_forward_lets_go_of_a_service_that_does_not_answer_when_the_job_is_cancelled(
+    server, client, queue, work, service
+):
+    work(server.url, "--queue", queue, "--lease", "1", "--forward", service.url)
+    job_id = client.put(b"hang", queue=queue)
+    wait_until(lambda: service.seen)
+    client.cancel(job_id)
+    after = client.put(b"next", queue=queue)
+    client.wait_status(after, "completed")
+
+
+def test_what_is_no_jobqueue_server_is_told_in_one_line(service, cli):
+    """Somebody else's port: a web server, another API."""
+    for body in (b"{}", b"[]", b"<html>"):
+        service.answer = body
+        for command in (["stats"], ["jobs"], ["jobs", "x"], ["submit", "1"], ["submit", "--file", "-"], ["cancel", "x"],
+                        ["pause"]):
+            done = cli(service.url, *command, given=b"1\n")
+            errors = done.stderr.decode()
+            if done.returncode == OK and command == ["jobs", "x"]:
+                continue  # it shows what it was given
+            assert done.returncode in (NO, USAGE, UNREACHABLE), (command, body, done)
+            assert errors.count("\n") == 1 and "Traceback" not in errors, (command, body, errors)
 
 
 # -- tokens and the command line

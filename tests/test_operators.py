@@ -207,16 +207,31 @@ def test_the_document_holds_no_route_that_is_not_there(document):
     assert set(codes) == set(jobqueue.ERRORS)
 
 
+# What holds its caller: with any other value of `wait` the run would only wait.
+HOLDING = ("submit", "poll", "view", "result")
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_schemathesis_finds_no_server_error(process, tmp_path):
-    """Requests made from the document, valid and not, none of which may end in a 5xx that is a mistake of ours."""
+@pytest.mark.parametrize("holding", [False, True], ids=["all that answer at once", "what may hold its caller"])
+def test_schemathesis_finds_no_server_error(holding, document, process, tmp_path):
+    """Requests made from the document, valid and not, none of which may end in a mistake of the server."""
     tool = shutil.which("schemathesis", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if not tool:
         pytest.skip("schemathesis is not installed (pip install schemathesis)")
     server = process("--fsync", "never", "--grpc-port", "off")
-    command = [tool, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "60",
-               "--request-timeout", "10", "--no-color", "--exclude-operation-id", "submit"]
+    document = json.loads(json.dumps(document))
+    for operation in (each for methods in document["paths"].values() for each in methods.values()):
+        for parameter in operation["parameters"]:
+            if parameter["name"] == "wait":
+                parameter |= {"required": operation["operationId"] == "submit", "schema": {"enum": [0]}}
+    path = tmp_path / "openapi.json"
+    path.write_text(json.dumps(document))
+    choice = "--include-operation-id" if holding else "--exclude-operation-id"
+    command = [tool, "run", str(path), "--url", server.url, "--checks", "not_a_server_error", "--max-examples", "100",
+               "--mode", "positive" if holding else "all", "--request-timeout", "20", "--no-color"]
+    for each in HOLDING:
+        command += [choice, each]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "Traceback" not in server.log() and "handler_failed" not in server.log()
