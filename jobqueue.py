@@ -5332,6 +5332,16 @@ def _peer_of(context: Any) -> str:
     return urllib.parse.unquote(context.peer().partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
+def _try_port(host: str, port: int) -> None:
+    """OSError when the port cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        if os.name != "nt":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(1)
+
+
 class GrpcServer:
     """The gRPC side of a server: worker service, health, reflection."""
 
@@ -5362,11 +5372,12 @@ class GrpcServer:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         address = f"{host}:{settings.grpc_port}"
         try:
+            _try_port(settings.host, settings.grpc_port)  # gRPC's core would say it on stderr, in its own way
             if settings.tls_cert:
                 port = self._server.add_secure_port(address, self._credentials(settings))
             else:
                 port = self._server.add_insecure_port(address)
-        except RuntimeError:
+        except (RuntimeError, OSError):
             port = 0
         if not port:
             raise OSError(errno.EADDRINUSE, f"cannot listen on {address} for gRPC; choose another --grpc-port, or off")
@@ -5785,6 +5796,13 @@ class Client:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
 
+    def abort(self) -> None:
+        """From another thread: a call that waits for its answer fails."""
+        sock = self._connection and self._connection.sock
+        if sock:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def reopen(self) -> None:
         """After hang_up: the next call takes a new connection."""
         self.close()
@@ -6009,7 +6027,7 @@ def _kill(process: subprocess.Popen) -> None:
 def forward(url: str, job: PolledJob) -> Verdict:
     """POST the payload to a local service. 2xx completes; 429, 502, 503, 504 and silence ask for a retry."""
     service = Client(url)
-    job.on_lost = service.close
+    job.on_lost = service.abort
     headers = {name: value for name, value in job.headers.items() if name.lower() not in ("host", "content-length")}
     headers |= {"Job-Id": job.id, "Job-Queue": job.queue, "Job-Attempt": str(job.attempt)}
     parts = urllib.parse.urlsplit(url)
@@ -6052,7 +6070,6 @@ def serve(arguments: argparse.Namespace) -> int:
     server = Server(**given)
     set_up_logging(server.settings.log_format, server.settings.log_level)
     _raise_file_limit(server.settings.max_connections)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core would write to stderr in its own way
     bell = _Bell((signal.SIGTERM, signal.SIGINT))
     server.when_failed(bell.ring)
     server.start()
@@ -6644,6 +6661,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Refused as error:
         code, reason = error.code, error
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        if not hasattr(arguments, "url"):
+            raise
+        code, reason = EXIT_UNREACHABLE, f"{arguments.url} does not answer as a jobqueue server does ({error!r})"
     except tuple(codes) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         reason = error.strerror if isinstance(error, OSError) and error.filename is None and error.strerror else error
