@@ -1735,7 +1735,7 @@ class LocalEngine(Engine):
         if claim is None:
             return self._promise(outcome, seq, job_id)
         job, duplicate, _ = outcome
-        return self._claim(claim, lambda jobs, error: (Outcome(job, duplicate, jobs[0] if jobs else None), seq))
+        return self._claim(claim, lambda jobs, _: (Outcome(job, duplicate, jobs[0] if jobs else None), seq), job_id)
 
     @_verb
     def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
@@ -2176,7 +2176,7 @@ class LocalEngine(Engine):
             started=wall,
         )
 
-    def _claim(self, claim: Claim, answer: Callable[[list[Job], JobQueueError | None], tuple[Any, int]]) -> Future:
+    def _claim(self, claim: Claim, answer: Callable, job_id: str | None = None) -> Future:
         """A future of what `answer` makes of the jobs, or of the disk's refusal (and the record it has to wait for)."""
         self._see_worker(claim)
         future, error = Future(), None
@@ -2186,9 +2186,9 @@ class LocalEngine(Engine):
             jobs, error = [], refusal
         if jobs or error or not claim.wait or self._drained is not None:
             future.claim()
-            self._settle(future, *answer(jobs, error))
+            self._settle(future, *answer(jobs, error), job_id)
             return future
-        waiter = _Waiter(future, answer, claim)
+        waiter = _Waiter(future, answer, claim, job_id)
         self._count_in("workers", future)
         for queue in claim.queues:
             self._lane(queue).waiters[waiter] = None
@@ -2211,7 +2211,7 @@ class LocalEngine(Engine):
     def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: JobQueueError | None = None) -> None:
         """Its future is claimed."""
         self._waiting["workers"] -= 1
-        self._settle(waiter.future, *waiter.answer(jobs, error))
+        self._settle(waiter.future, *waiter.answer(jobs, error), waiter.job_id)
         self._drop_poll(waiter)
 
     def _drop_poll(self, waiter: _Waiter) -> None:

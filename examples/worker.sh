@@ -36,11 +36,26 @@ fi
 
 token=() # in a file of curl's own kind, since everybody can read the arguments of a process
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
 if [[ ${JOBQUEUE_TOKEN:-} ]]; then
     (umask 077 && printf 'header = "Authorization: Bearer %s"\n' "$JOBQUEUE_TOKEN" >"$scratch/token")
     token=(-K "$scratch/token")
 fi
+
+# extend: keeps the lease of the job that $scratch/leased tells of, for as long as this worker lives. One process for
+# all jobs, begun before any trap is set: one begun and killed for each job may be killed before it has let go of this
+# shell's traps, and runs them.
+extend() {
+    local third path
+    printf -v third '%d.%03d' $((lease / 3)) $((lease * 1000 / 3 % 1000))
+    trap 'kill $!' EXIT
+    while sleep "$third" & wait $! && kill -0 $$; do
+        path=$(<"$scratch/leased") || continue
+        curl -sS "${token[@]}" -o /dev/null -X POST "$server/extend/$path&lease=$lease"
+    done 2>/dev/null
+}
+extend &
+extending=$!
+trap '[[ $BASHPID != $$ ]] || { kill "$extending"; rm -rf "$scratch"; }' EXIT
 
 # A poll is cut short by a signal: a worker that hangs up leaves the line, and no job is lost. A hand-in is not.
 stopping='' polling=''
@@ -62,7 +77,7 @@ poll() { # the answer goes to $scratch/answer; empty where no job came within 20
 say() {
     local status
     status=$(curl -sS "${token[@]}" --retry 9 --retry-all-errors -o "$scratch/answer" -w '%{http_code}' \
-        --data-binary "@$3" -H "Content-Type: $type" "$server/$1/$id?lease_token=$lease_token$2") || return
+        --data-binary @- -H "Content-Type: $type" "$server/$1/$id?lease_token=$lease_token$2" <"$3") || return
     [[ $status == 200 ]] && return
     echo "$1 of job $id: $status $(<"$scratch/answer")" >&2 # 404, 409: the job is no longer ours
     return 1
@@ -88,15 +103,6 @@ read_job() {
     fi >"$scratch/payload"
 }
 
-extend() { # keeps the lease while the job runs
-    local third
-    printf -v third '%d.%03d' $((lease / 3)) $((lease * 1000 / 3 % 1000))
-    trap 'kill $!' EXIT
-    while sleep "$third" & wait $!; do
-        curl -sS "${token[@]}" -o /dev/null -X POST "$server/extend/$id?lease_token=$lease_token&lease=$lease"
-    done
-}
-
 run() { # the command, with what it is to read on standard input
     local name input=$scratch/payload
     if [[ $folder ]]; then
@@ -107,7 +113,7 @@ run() { # the command, with what it is to read on standard input
         fi
         input=$folder/$name
     fi
-    "$@" <"$input"
+    (trap '' INT && exec "$@") <"$input" # Ctrl-C is for the worker
 }
 
 job=''
@@ -122,10 +128,11 @@ while [[ -z $stopping ]]; do
     fi
     read_job "$job"
     job=''
-    extend &
-    extending=$!
-    if run "$@" >"$scratch/result" 2>"$scratch/error"; then
-        kill "$extending"
+    printf '%s' "$id?lease_token=$lease_token" >"$scratch/leased"
+    run "$@" >"$scratch/result" 2>"$scratch/error"
+    code=$?
+    rm "$scratch/leased"
+    if ((code == 0)); then
         # The answer brings the next job, if one is in line: one round trip a job.
         if say complete "&next=true&queue=$queue&lease=$lease&worker=$HOSTNAME-$$" "$scratch/result"; then
             job=$(<"$scratch/answer")
@@ -134,11 +141,9 @@ while [[ -z $stopping ]]; do
             [[ $job != null ]] || job=''
         fi
     else
-        kill "$extending"
         tail -c 2000 "$scratch/error" >"$scratch/end"
         say fail '' "$scratch/end"
     fi
-    wait "$extending" 2>/dev/null
 done
 if [[ $job ]]; then # it came with the last answer, and we are leaving
     read_job "$job"

@@ -672,7 +672,7 @@ def test_a_job_that_is_cancelled_or_lost_kills_the_command_and_its_children(proc
     wait_until(lambda: all(map(gone, pids)), 10, "the end of the command and its child")
     after = client.put(b"next")
     client.wait_status(after, "completed")  # the worker goes on
-    assert "job_given_up" in worker.log()
+    worker.wait_log("job_given_up")
     if how == "cancelled":
         assert client.status(job_id) == "cancelled"
 

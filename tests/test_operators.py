@@ -221,12 +221,16 @@ def test_schemathesis_finds_no_server_error(holding, document, process, tmp_path
         pytest.skip("schemathesis is not installed (pip install schemathesis)")
     server = process("--fsync", "never", "--grpc-port", "off")
     document = json.loads(json.dumps(document))
+    del document["paths"]["/api/jobs"]["post"]  # it cannot make ndjson; fuzz_http.py does
     for operation in (each for methods in document["paths"].values() for each in methods.values()):
         for parameter in operation["parameters"]:
             if parameter["name"] == "wait":
                 parameter |= {"required": operation["operationId"] == "submit", "schema": {"enum": [0]}}
     path = tmp_path / "openapi.json"
     path.write_text(json.dumps(document))
+    # How a job ended is no mistake of the server's: 502 failed, 504 expired.
+    (tmp_path / "schemathesis.toml").write_text(
+        '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "502", "504"]\n')
     choice = "--include-operation-id" if holding else "--exclude-operation-id"
     command = [tool, "run", str(path), "--url", server.url, "--checks", "not_a_server_error", "--max-examples", "100",
                "--mode", "positive" if holding else "all", "--request-timeout", "20", "--no-color"]
