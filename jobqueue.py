@@ -2673,7 +2673,7 @@ class Route(NamedTuple):
 class Request:
     """One request, parsed. `headers` has lower-case names; `forwarded` is what a worker gets of them, as JSON text."""
 
-    __slots__ = ("method", "route", "job_id", "parameters", "headers", "forwarded", "body", "peer", "crowded")
+    __slots__ = ("job_id", "parameters", "headers", "forwarded", "body", "peer", "crowded")
 
 
 def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
@@ -4236,7 +4236,7 @@ class Head:
     """The headers of a request. Clients and workers send the same ones again and again, so a block of header bytes
     is parsed once and kept by its bytes, with all that follows from it alone."""
 
-    __slots__ = ("fields", "forwarded", "length", "chunked", "tokens", "expect", "host", "trusted")
+    __slots__ = ("fields", "forwarded", "length", "chunked", "tokens", "expect", "host")
 
     def __init__(self, block: bytes) -> None:
         self.fields = self._parse(block)
@@ -4254,7 +4254,6 @@ class Head:
         self.host = get("host")
         if self.host and not _HOST.fullmatch(self.host):
             raise _bad_http("the Host header is malformed")
-        self.trusted = False  # the server sets it when nothing but the route is left to be asked
 
     @staticmethod
     def _parse(block: bytes) -> dict[str, str]:
@@ -4366,6 +4365,96 @@ class _Chunks:
         return False
 
 
+class Plan:
+    """What the head of a request asks for. Callers send the same bytes again and again, so it is kept by its bytes."""
+
+    __slots__ = ("head", "version", "is_head", "keep", "framed", "route", "job_id", "parameters", "limit")
+
+    def __init__(self) -> None:
+        self.version, self.is_head, self.keep = 1, False, False
+        self.framed = False  # is it known where the body ends? Otherwise the stream cannot go on
+        self.route: Route | None = None
+        self.limit = 65536  # bytes of the body that are read, if only to answer with a refusal
+
+
+class Planner:
+    """Parses heads, strictly, and asks whether the caller may. A refusal carries the plan as far as it got."""
+
+    def __init__(self, settings: Settings, access: Access, router: Router) -> None:
+        self._settings, self._access, self._router = settings, access, router
+        self._limits = {None: 65536, "payload": settings.max_payload, "batch": settings.max_batch}
+        self._scheme = "https://" if settings.tls_cert else "http://"
+        self._head_of = functools.lru_cache(1024)(Head)  # it keeps no exceptions, so no refused ones
+
+    def plan(self, block: bytes) -> Plan:
+        """The plan of a head, which ends in CR LF. Raises JobQueueError, with its `plan`."""
+        plan = Plan()
+        try:
+            self._parse(block, plan)
+        except JobQueueError as error:
+            error.plan = plan
+            raise
+        return plan
+
+    def _parse(self, block: bytes, plan: Plan) -> None:
+        line, _, fields = block.partition(b"\r\n")
+        if len(line) > self._settings.max_request_line:
+            limit = self._settings.max_request_line
+            raise JobQueueError("uri_too_long", f"the request line has {len(line)} bytes; at most {limit} are taken")
+        match = _REQUEST_LINE.fullmatch(line)
+        if match is None:
+            raise _bad_http("the request line must be METHOD SP TARGET SP HTTP/1.1 (RFC 9112, section 3)")
+        method, target, major, minor = match[1].decode(), match[2].decode("latin-1"), match[3], match[4]
+        plan.is_head = method == "HEAD"
+        if major != b"1" or minor not in b"01":
+            spoken = f"HTTP/{major.decode()}.{minor.decode()}"
+            raise JobQueueError("http_version", f"{spoken} is not spoken here; use HTTP/1.1")
+        plan.version = int(minor)
+        head = plan.head = self._head_of(fields) if len(fields) <= 2048 else Head(fields)
+        plan.keep = "close" not in head.tokens and (plan.version == 1 or "keep-alive" in head.tokens)
+        if plan.version == 0 and head.chunked:
+            raise _bad_http("HTTP/1.0 has no Transfer-Encoding")
+        if head.host is None and plan.version == 1:
+            raise _bad_http("HTTP/1.1 needs one Host header")
+        if target[0] != "/":
+            target = self._origin_form(target, head)
+        plan.framed = True
+        self._ask(method, target, head, plan)
+
+    def _origin_form(self, target: str, head: Head) -> str:
+        """The path and query of an absolute target, which must be of this host (RFC 9112, 3.2)."""
+        if target[: len(self._scheme)].lower() == self._scheme:
+            host, slash, rest = target[len(self._scheme) :].partition("/")
+            if host.lower() == (head.host or "").lower():
+                return "/" + rest if slash else "/"
+        raise _bad_http("the target must be a path, or an absolute URL of this host")
+
+    def _ask(self, method: str, target: str, head: Head, plan: Plan) -> None:
+        path, mark, query = target.partition("?")
+        plan.route, plan.job_id = route, _ = self._router.find(method, path)
+        self._admit(route, head)
+        if head.expect and head.expect != "100-continue" and plan.version == 1:
+            raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
+        plan.parameters = parse_query(query, route.parameters) if mark else {}
+        plan.limit = self._limits[route.body]
+
+    def _admit(self, route: Route, head: Head) -> None:
+        """Who may: by token; without tokens, whoever is not led here by a web page of another site."""
+        if not self._access.open:
+            self._access.check(head.fields.get("authorization"), route.scope)
+            return
+        host = "localhost" if head.host is None else head.host.lower()
+        name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
+        if not (name == "localhost" or name in self._settings.allow_host or _is_address(name.strip("[]"))):
+            advice = f"start with --allow-host {name[:100]}"
+            raise JobQueueError("host_refused", f"Host {name[:100]!r} is not allowed; {advice}")
+        site, origin = head.fields.get("sec-fetch-site"), head.fields.get("origin")
+        foreign = site not in (None, "same-origin", "none") or origin not in (None, self._scheme + host)
+        if foreign and route.scope is not None:
+            raise JobQueueError("cross_site", "a page of another site may not call this")
+
+
+_NO_PLAN = Plan()  # of what was refused before its head was whole
 _HANDSHAKE, _READING, _HELD, _LINGERING, _CLOSED = range(5)
 
 
@@ -4379,17 +4468,15 @@ class Connection:
         "state",
         "_buffer",
         "_out",
-        "_request",
+        "_plan",
         "_body",
         "_keep",
         "_later",
         "deadline",
         "_events",
-        "_version",
         "_refusal",
         "_started",
         "_lingered",
-        "_is_head",
         "_advancing",
         "_unsent",
     )
@@ -4398,10 +4485,10 @@ class Connection:
         self._server, self._sock = server, sock
         self.peer = address[0] if isinstance(address, tuple) else "local"
         self._buffer, self._out = bytearray(), b""
-        self._request: Request | None = None
+        self._plan: Plan | None = None
         self._body: _Chunks | int | None = None  # what is being read: chunks, or so many bytes
         self._refusal: JobQueueError | None = None  # the answer, once the body has been read
-        self._keep, self._version, self._is_head, self._advancing = True, 1, False, False
+        self._keep, self._advancing = True, False
         self._later: Later | None = None
         self._unsent: tuple[Later, Any] | None = None  # what to give back when the answer cannot be written whole
         self._started = self._lingered = 0
@@ -4409,7 +4496,7 @@ class Connection:
         self.deadline = server.now + (server.settings.header_timeout if server.tls else server.settings.idle_timeout)
         self._events = selectors.EVENT_READ
         server.selector.register(sock, self._events, self.on_event)
-        server.timers.set(self, self.deadline)
+        server.arm(self, self.deadline)
 
     # -- the selector says that something can be read or written
 
@@ -4494,25 +4581,18 @@ class Connection:
             return
         self._advancing = True
         try:
-            while self.state == _READING and self._buffer and not self._out and self._serve_next():
-                pass
+            while self.state == _READING and self._buffer and not self._out:
+                if (self._body is None and not self._read_head()) or not self._read_body():
+                    break  # it is not whole yet
+                self._body, body = None, self._body
+                if self._refusal is None:
+                    self._dispatch(body)
+                else:
+                    self._respond(error_response(self._refusal, _allowed(self._refusal)))
         except JobQueueError as error:
             self._refuse(error)
         finally:
             self._advancing = False
-
-    def _serve_next(self) -> bool:
-        """One request; False while it is incomplete."""
-        if self._body is None and not self._read_head():
-            return False
-        if not self._read_body():
-            return False
-        self._body, body = None, self._body
-        if self._refusal is not None:
-            self._respond(error_response(self._refusal, _allowed(self._refusal)))
-        else:
-            self._dispatch(body)
-        return True
 
     def _read_head(self) -> bool:
         buffer = self._buffer
@@ -4526,13 +4606,16 @@ class Connection:
             return False
         block = bytes(buffer[: end + 2])
         del buffer[: end + 4]
-        line, _, fields = block.partition(b"\r\n")
-        if len(line) > settings.max_request_line:
-            raise JobQueueError(
-                "uri_too_long", f"the request line has {len(line)} bytes; at most {settings.max_request_line}"
-            )
-        self._started, self._is_head = self._server.now, False
-        self._begin(line, fields)
+        self._started, self._refusal = self._server.now, None
+        try:
+            plan = self._plan = self._server.plan_of(block)
+        except JobQueueError as error:
+            plan = self._plan = error.plan
+            if not plan.framed:
+                raise
+            self._refusal = error
+        self._keep = plan.keep
+        self._frame(plan)
         return True
 
     def _check_incomplete(self, buffer: bytearray, settings: Settings) -> None:
@@ -4554,74 +4637,18 @@ class Connection:
         earlier = when < self.deadline
         self.deadline = when
         if earlier:
-            self._server.timers.set(self, when)
+            self._server.arm(self, when)
 
-    def _begin(self, line: bytes, fields: bytes) -> None:
-        """The head is whole: find out what it asks for, whether it may, and how its body is framed."""
-        match = _REQUEST_LINE.fullmatch(line)
-        if match is None:
-            raise _bad_http("the request line must be METHOD SP TARGET SP HTTP/1.1 (RFC 9112, section 3)")
-        method, target = match[1].decode(), match[2].decode("latin-1")
-        if match[3] != b"1" or match[4] not in b"01":
-            raise JobQueueError(
-                "http_version", f"HTTP/{match[3].decode()}.{match[4].decode()} is not spoken here; use HTTP/1.1"
-            )
-        self._version = int(match[4])
-        self._is_head = method == "HEAD"
-        head = self._server.head_of(fields)
-        self._keep = "close" not in head.tokens and (self._version == 1 or "keep-alive" in head.tokens)
-        if self._version == 0 and head.chunked:
-            raise _bad_http("HTTP/1.0 has no Transfer-Encoding")
-        if target[0] != "/" or (head.host is None and self._version == 1):
-            target = self._origin_form(target, head)
-        self._request, self._refusal = None, None
-        limit = 65536
-        try:
-            self._request, limit = self._ask(method, target, head)
-        except JobQueueError as error:
-            self._refusal = error
-            error.route = getattr(error, "route", None)
-        self._frame(head, limit)
-
-    def _origin_form(self, target: str, head: Head) -> str:
-        """The path and query of an absolute target, which must be of this host (RFC 9112, 3.2)."""
-        if head.host is None and self._version == 1:
-            raise _bad_http("HTTP/1.1 needs one Host header")
-        scheme = "https://" if self._server.tls else "http://"
-        if target[: len(scheme)].lower() == scheme:
-            host, slash, rest = target[len(scheme) :].partition("/")
-            if host.lower() == (head.host or "").lower():
-                return "/" + rest if slash else "/"
-        raise _bad_http("the target must be a path, or an absolute URL of this host")
-
-    def _ask(self, method: str, target: str, head: Head) -> tuple[Request, int]:
-        server = self._server
-        path, mark, query = target.partition("?")
-        route, job_id = server.router.find(method, path)
-        try:
-            if not head.trusted:
-                server.admit(route, head)
-            if head.expect and head.expect != "100-continue" and self._version == 1:
-                raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
-            request = Request()
-            request.method, request.route, request.job_id = method, route, job_id
-            request.parameters = parse_query(query, route.parameters) if mark else {}
-            request.headers, request.forwarded, request.peer = head.fields, head.forwarded, self.peer
-        except JobQueueError as error:
-            error.route = route
-            raise
-        limit = server.limits[route.body]
-        return request, limit
-
-    def _frame(self, head: Head, limit: int) -> None:
+    def _frame(self, plan: Plan) -> None:
         """Get ready to read the body, or refuse at once where reading on would be in vain."""
+        head, limit = plan.head, plan.limit
         length = head.length or 0
         if self._refusal is not None and (head.expect or head.chunked or length > limit):
             raise self._refusal
         if length > limit:
             raise JobQueueError("payload_too_large", f"the body has {length} bytes; at most {limit} are taken")
         self._body = _Chunks(limit, self._server.settings.max_headers) if head.chunked else length
-        if head.expect and self._version == 1 and (length or head.chunked) and not self._buffer:
+        if head.expect and plan.version == 1 and (length or head.chunked) and not self._buffer:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self) -> bool:
@@ -4647,14 +4674,16 @@ class Connection:
     # -- answering
 
     def _dispatch(self, body: bytes) -> None:
-        request, server = self._request, self._server
-        request.body = body
+        server, plan = self._server, self._plan
+        request = Request()
+        request.job_id, request.parameters, request.body, request.peer = plan.job_id, plan.parameters, body, self.peer
+        request.headers, request.forwarded = plan.head.fields, plan.head.forwarded
         request.crowded = server.held >= server.settings.max_held
-        if request.route.slow:
+        if plan.route.slow:
             self.state = _HELD
-            server.process_request(request, self)
-            return
-        self.take(server.call(request))
+            server.process_request((plan.route, request), self)
+        else:
+            self.take(server.call(plan.route, request))
 
     def take(self, answer: Response | Later) -> None:
         """The handler's answer, or the promise of one."""
@@ -4668,7 +4697,7 @@ class Connection:
             self._advance()
             return
         self.state, self._later = _HELD, answer
-        self._server.hold(self._request.route, 1)
+        self._server.hold(self._plan.route, 1)
         if answer.future.done():
             self._finish()
         else:
@@ -4687,7 +4716,7 @@ class Connection:
         if self.state == _CLOSED:
             self._lose(later, value)
             return
-        self._server.hold(self._request.route, -1)
+        self._server.hold(self._plan.route, -1)
         self.state = _READING
         if later.long and later.lost and self._peer_left():
             self._lose(later, value)
@@ -4722,10 +4751,11 @@ class Connection:
     def _respond(self, response: Response) -> None:
         keep = self._keep and not response.close and not self._server.stopping
         server = self._server
-        server.count(self._request, self._refusal, response.status, self._started, self)
-        self._request, self._refusal, self._started, self._lingered = None, None, 0, 0
-        data = render(response, keep, server.date, self._version)
-        if self._is_head:
+        plan, self._plan = self._plan or _NO_PLAN, None
+        server.count(plan.route, response.status, self._started, self.peer)
+        self._refusal, self._started, self._lingered = None, 0, 0
+        data = render(response, keep, server.date, plan.version)
+        if plan.is_head:
             data = data[: data.index(b"\r\n\r\n") + 4]
         if self._write(data) and not keep:
             self._linger()
@@ -4806,7 +4836,7 @@ class Connection:
         if self.state == _HELD:
             self.deadline = now + self._server.settings.idle_timeout
         if self.deadline > now:
-            self._server.timers.set(self, self.deadline)
+            self._server.arm(self, self.deadline)
         elif self.state == _READING and (self._buffer or self._body is not None) and not self._out:
             self._refuse(JobQueueError("request_timeout", "the request took too long to arrive"))
         else:
@@ -4832,7 +4862,7 @@ class Connection:
             unsent, self._unsent = self._unsent, None
             self._lose(*unsent)
         if held and self._later is not None:
-            self._server.hold(self._request.route, -1)
+            self._server.hold(self._plan.route, -1)
             if self._later.future.cancel():
                 self._later = None
 
@@ -4880,13 +4910,12 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         clock: Clock,
         routes: Iterable[Route] = ROUTES,
     ) -> None:
-        self.settings, self._clock, self._access = settings, clock, service.access
+        self.settings, self._clock = settings, clock
         self._handlers = {route.handler: getattr(api, route.handler) for route in routes}
         self.tls = tls_context(settings)
-        self.router = Router(routes)
-        self.limits = {None: 65536, "payload": settings.max_payload, "batch": settings.max_batch}
-        self.selector, self.timers = selectors.DefaultSelector(), Timers()
-        self.head_of = functools.lru_cache(1024)(Head)  # it keeps no exceptions, so no refused ones
+        self._planner = Planner(settings, service.access, Router(routes))
+        self._known_plan = functools.lru_cache(1024)(self._planner.plan)
+        self.selector, self.timers, self._due = selectors.DefaultSelector(), Timers(), math.inf
         self.connections: set[Connection] = set()
         self.held, self.polling, self.stopping = 0, 0, False
         self.requests: dict[tuple[str, str, int], list[Any]] = {}
@@ -4920,15 +4949,20 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._serving = threading.get_ident()
         while not (self.stopping and not self.connections):
             # The clock of a test may run ahead of the selector's: look at the deadlines once a second at least.
-            patience = None if self.timers.first() == math.inf else min(1.0, max(0.0, self.timers.first() - self.now))
+            patience = None if self._due == math.inf else min(1.0, max(0.0, self._due - self.now))
             events = self.selector.select(patience)
             self._look_at_the_clock()
-            for key, mask in events:
-                self._run(key.data, mask)
+            try:
+                for key, mask in events:
+                    key.data(mask)
+            except Exception:  # whatever it was: the others are served; what was left over is seen again
+                log.exception("serving_failed")
             while self._posted:
                 self._run(self._posted.popleft())
-            while (timed := self.timers.pop_due(self.now)) is not None:
-                self._run(timed.expire, self.now)
+            if self.now >= self._due:
+                while (timed := self.timers.pop_due(self.now)) is not None:
+                    self._run(timed.expire, self.now)
+                self._due = self.timers.first()
         self._serving = 0
 
     @staticmethod
@@ -4937,6 +4971,15 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             call(*arguments)
         except Exception:  # whatever it was: the others are served
             log.exception("serving_failed")
+
+    def plan_of(self, block: bytes) -> Plan:
+        """The plan of a head; large ones are not kept, so that what is kept stays small."""
+        return self._known_plan(block) if len(block) <= 2048 else self._planner.plan(block)
+
+    def arm(self, timed: Connection | HTTPServer, when: float) -> None:
+        """Have its `expire` called then, or earlier."""
+        self.timers.set(timed, when)
+        self._due = min(self._due, when)
 
     def post(self, call: Callable[[], None]) -> None:
         """Have the serving thread call this: now where this is it, else after one wake-up for all that is posted."""
@@ -4996,7 +5039,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         """Out of file descriptors: accepting again at once would only burn the processor."""
         log.error("accept_failed error=%s: pausing for 0.25 s", error)
         self.selector.unregister(self.socket)
-        self.timers.set(self, self.now + 0.25)
+        self.arm(self, self.now + 0.25)
 
     def expire(self, now: float) -> None:
         if self.socket.fileno() >= 0 and not self.stopping:
@@ -5014,29 +5057,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     # -- a request
 
-    def admit(self, route: Route, head: Head) -> None:
-        """Who may: by token; without tokens, whoever is not led here by a web page of another site."""
-        if not self._access.open:
-            self._access.check(head.fields.get("authorization"), route.scope)
-            return
-        host = "localhost" if head.host is None else head.host.lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
-        if not (name == "localhost" or name in self.settings.allow_host or _is_address(name.strip("[]"))):
-            raise JobQueueError(
-                "host_refused", f"Host {name[:100]!r} is not allowed; start with --allow-host {name[:100]}"
-            )
-        site, origin = head.fields.get("sec-fetch-site"), head.fields.get("origin")
-        head.trusted = site is None and origin is None
-        if head.trusted or route.scope is None:
-            return
-        own = ("https://" if self.tls else "http://") + host
-        if site not in (None, "same-origin", "none") or (origin is not None and origin.lower() != own):
-            raise JobQueueError("cross_site", "a page of another site may not call this")
-
-    def call(self, request: Request) -> Response | Later:
+    def call(self, route: Route, request: Request) -> Response | Later:
         """The handler's answer; what goes wrong in it becomes one."""
         try:
-            return self._handlers[request.route.handler](request)
+            return self._handlers[route.handler](request)
         except Exception as error:
             return self._failed(error)
 
@@ -5055,9 +5079,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         log.error("handler_failed", exc_info=error)
         return error_response(JobQueueError("internal", "the server made a mistake; its log says more"))
 
-    def process_request_thread(self, request: Request, connection: Connection) -> None:
+    def process_request_thread(self, request: tuple[Route, Request], connection: Connection) -> None:
         """A thread of its own for a slow handler; ThreadingMixIn.process_request starts it."""
-        answer = self.call(request)
+        answer = self.call(*request)
         self.post(functools.partial(connection.take, answer))
 
     def _look_at_the_clock(self) -> None:
@@ -5067,16 +5091,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         if second != self._second:
             self._second, self.date = second, email.utils.formatdate(second, usegmt=True)
 
-    def count(
-        self,
-        request: Request | None,
-        refusal: JobQueueError | None,
-        status: int,
-        started: float,
-        connection: Connection,
-    ) -> None:
+    def count(self, route: Route | None, status: int, started: float, peer: str) -> None:
         """For /metrics and the access log."""
-        route = request.route if request else getattr(refusal, "route", None)
         key = (route.method, route.path, status) if route else ("-", "-", status)
         seen = self.requests.get(key)
         if seen is None:
@@ -5084,14 +5100,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         seconds = self._clock.monotonic() - started if started else 0.0
         seen.observe(seconds)
         if self.settings.access_log:
-            log.info(
-                "request peer=%s method=%s path=%s status=%d seconds=%.6f",
-                connection.peer,
-                key[0],
-                key[1],
-                status,
-                seconds,
-            )
+            log.info("request peer=%s method=%s path=%s status=%d seconds=%.6f", peer, *key, seconds)
 
     # -- the end
 
