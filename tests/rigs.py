@@ -47,19 +47,13 @@ def needs_root():
 # has imported what the module imports forks a child for each start; it runs the file from its first line.
 
 _PARENT = r"""
-import ast, ctypes, importlib, json, os, signal, sys
+import ctypes, importlib.machinery, importlib.util, json, os, signal, sys
 path = sys.argv[1]
-with open(path, encoding="utf-8") as file:
-    tree = ast.parse(file.read(), path)
-code = compile(tree, path, "exec")
-names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-for name in sorted(names):
-    if name.partition(".")[0] in sys.stdlib_module_names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            pass        # another system's module
+loader = importlib.machinery.SourceFileLoader("jobqueue", path)
+code = loader.get_code("jobqueue")  # from __pycache__
+sys.modules["jobqueue"] = module = importlib.util.module_from_spec(importlib.util.spec_from_loader("jobqueue", loader))
+loader.exec_module(module)  # for what it imports
+del sys.modules["jobqueue"], module
 def child(order):
     os.setsid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent

@@ -1401,6 +1401,7 @@ def test_a_long_look_at_a_job_ends_with_the_drain(client, worker, drain):
     job = worker.poll()
     other = client.put()
     looking = [later(client.view, job_id, wait=300) for job_id in (job.id, other)]
+    wait_until(lambda: client.stats()["waiting_clients"] == 2)
     stopping = drain()
     worker.complete(job, b'"done"')
     first, second = (future.result(10) for future in looking)

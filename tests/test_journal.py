@@ -758,8 +758,9 @@ def test_the_journal_follows_what_is_alive_and_not_what_has_passed(make_queue):
         queue.bring_to("completed", queue="churn")
         if number % 100 == 0:
             wait_for_compaction()
-    queue.submit()
-    wait_for_compaction()
+    for _ in range(3):  # one may have been under way, and another become due since
+        queue.submit()
+        wait_for_compaction()
     assert journal_of(queue.engine).stat().st_size < 60_000, "3,000 jobs have passed, 60 are there"
     folder = Path(queue.engine.journal.folder)
     assert sorted(files(folder)) == ["journal.jsonl"]

@@ -69,7 +69,7 @@ class Job(NamedTuple):
     expires: float | None = None
     due_wall: int = 0  # the same in microseconds of the wall clock, for a restart
     expires_wall: int | None = None
-    ended: tuple = ()  # sorts finished jobs by their end
+    ended: float = 0.0  # monotonic
 
     @property
     def shown(self) -> tuple:
@@ -143,9 +143,7 @@ class Model:
         self.keys: dict[str, str] = {}
         self.paused: set[str] = set()
         self.all_paused = False
-        self.era = 0  # finished jobs of an earlier run are older than those of this one
         self.forgotten: dict[str, Job] = {}
-        self.finished_now = 0
 
     def copy(self) -> tuple:
         return dict(self.jobs), dict(self.keys), set(self.paused), self.all_paused, dict(self.forgotten)
@@ -185,7 +183,6 @@ class Model:
         def left(moment: int, span: float) -> float:
             return min(span, max(0.0, (moment - wall) / 1e6))
 
-        self.era += 1
         for job in list(self.jobs.values()):
             if job.ttl is not None and job.state not in FINAL:
                 job = self.set(job, expires=now + left(job.expires_wall, job.ttl))
@@ -195,9 +192,8 @@ class Model:
                 self.set(job, due=now + job.lease_seconds)
             elif job.state in FINAL:
                 keep = KEEP_FAILED if job.state == "failed" else KEEP
-                ended = (self.era, job.due_wall - microseconds(keep))
-                self.set(job, due=now + left(job.due_wall, keep), ended=ended)
-        self.era += 1
+                due = now + left(job.due_wall, keep)
+                self.set(job, due=due, ended=due - keep)
         self.keys = {job.key: job.id for job in sorted(self.jobs.values()) if job.key is not None}
 
     # -- changes
@@ -209,9 +205,8 @@ class Model:
     def end(self, job: Job, state: str, **changes: Any) -> Job:
         keep = KEEP_FAILED if state == "failed" else KEEP
         now = self.clock.now
-        self.finished_now += 1
         due_wall = self.wall() + microseconds(keep)
-        return self.set(job, state=state, due=now + keep, due_wall=due_wall, ended=(self.era, now), **changes)
+        return self.set(job, state=state, due=now + keep, due_wall=due_wall, ended=now, **changes)
 
     def forget(self, job: Job) -> None:
         self.forgotten[job.id] = self.jobs.pop(job.id)
@@ -385,7 +380,6 @@ class EngineMachine(RuleBasedStateMachine):
 
     def both(self, verb: Callable[[], Any], expected: Callable[[], Any]) -> tuple[Any, Any]:
         """Run a verb on both sides. The answers, or (None, None) where both refuse for the same reason."""
-        self.model.finished_now = 0
         self.model.settle()
         try:
             answer = verb()
@@ -599,7 +593,6 @@ class EngineMachine(RuleBasedStateMachine):
 
     def settle_both(self) -> None:
         """Let both sides see the time, so that what is chosen next is chosen from what is there."""
-        self.model.finished_now = 0
         self.model.settle()
         self.engine.stats()
         self.check()
@@ -964,7 +957,6 @@ class EngineMachine(RuleBasedStateMachine):
 
     def restored(self) -> None:
         """A job that was forgotten for being one too many may come back, since nobody wrote that down."""
-        self.model.finished_now = 0
         forgotten = self.model.forgotten
         for job in self.engine.jobs(None, None, 1_000, None)[0]:
             if job.id not in self.model.jobs and job.id in forgotten:

@@ -314,6 +314,7 @@ def test_a_signal_lets_the_jobs_in_progress_finish(tmp_path, kind):
     polls = [later(http.poll, wait=60, queue="idle"), later(grpc.poll, wait=60, queue="idle"),
              later(http.poll_many, 5, wait=60, queue="idle"), later(grpc.poll_many, 5, wait=60, queue="idle")]
     client.wait_workers(4)
+    wait_until(lambda: client.stats()["waiting_clients"] == 5)
 
     server.process.send_signal(getattr(signal, kind))
     assert [poll.result(10) for poll in polls] == [None, None, [], []]
