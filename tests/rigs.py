@@ -51,9 +51,10 @@ import ctypes, importlib.machinery, importlib.util, json, os, signal, sys
 path = sys.argv[1]
 loader = importlib.machinery.SourceFileLoader("jobqueue", path)
 code = loader.get_code("jobqueue")  # from __pycache__
-sys.modules["jobqueue"] = module = importlib.util.module_from_spec(importlib.util.spec_from_loader("jobqueue", loader))
+module = importlib.util.module_from_spec(importlib.util.spec_from_loader("jobqueue", loader))
+sys.modules["jobqueue"] = module
 loader.exec_module(module)  # for what it imports
-del sys.modules["jobqueue"], module
+del sys.modules["jobqueue"]
 def child(order):
     os.setsid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the parent
