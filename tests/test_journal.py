@@ -736,6 +736,17 @@ def test_a_compaction_leaves_the_content_as_it_was(make_queue):
         assert queue.engine.stats()["queues"]["paused"]["paused"]
 
 
+def test_no_number_is_given_twice_though_all_is_cleared_and_compacted(make_queue):
+    """A number is a cursor for listings, too."""
+    queue = make_queue(fsync="never")
+    last = [queue.submit("x" * 1_000) for _ in range(50)][-1].number
+    queue.engine.clear().result(PATIENCE)
+    compact(queue)
+    wait_until(lambda: compactions(queue) == 1)
+    queue.restart("crash")
+    assert queue.submit().number > last
+
+
 def test_records_are_numbered_without_a_gap_through_compactions(make_queue):
     queue = make_queue(compact_bytes=10_000, fsync="never", keep_jobs=5)
     queue.submit_many(20, queue="stays")
