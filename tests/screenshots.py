@@ -16,9 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from test_dashboard import Page, start_browser
-
 from support import ROOT, ServerProcess, call, end_servers, start_server
+from test_dashboard import Page, start_browser
 
 SIZE = {"width": 1120, "height": 1000, "deviceScaleFactor": 2, "mobile": False}
 WORK = {  # queue: (payload, seconds a job takes, seldom error)
