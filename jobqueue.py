@@ -2333,7 +2333,8 @@ class LocalEngine(Engine):
                 try:
                     settle(key)
                 except JobQueueError as error:
-                    log.error("not_settled reason=%s", error)
+                    if error.code == "disk_full":  # a disk that failed has been told of, once
+                        log.error("not_settled reason=%s", error)
                     timers.set(key, now + 1)
                     break
         self._forget_old(now)

@@ -605,6 +605,18 @@ class EngineContract:
             settle(job)
             queue.engine.clear().result(PATIENCE)
 
+    @pytest.mark.parametrize("verb", ["complete", "fail", "release"])
+    def test_what_another_did_without_a_token_is_not_taken_for_a_repetition_of_ones_own_call(self, queue, verb):
+        job = queue.bring_to("processing")
+        {
+            "complete": lambda: queue.engine.complete(job.id, None, b"0", "json", None, None).result(PATIENCE),
+            "fail": lambda: queue.engine.fail(job.id, None, "theirs", True, 5).result(PATIENCE),
+            "release": lambda: queue.engine.release(job.id, None),
+        }[verb]()
+        with pytest.raises(JobQueueError) as lost:
+            getattr(queue, verb)(job)
+        assert lost.value.code == ("job_finished" if verb == "complete" else "lease_lost")
+
     @every_way_back
     def test_only_a_lease_that_ran_out_may_be_settled_late(self, queue, back, failures, deliveries):
         queue.submit()

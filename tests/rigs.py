@@ -154,7 +154,7 @@ class QuickStarts:
 
     def path(self, path):
         """Return where this process finds a path of theirs, which may lie on a private mount."""
-        return Path(f"/proc/{self.parent.pid}/root{path}") if self.private_mounts else Path(path)
+        return Path(f"/proc/{self.parent.pid}", f"root{path}") if self.private_mounts else Path(path)
 
     def run(self, *command):
         """Run a program among the private mounts; raise where it fails."""

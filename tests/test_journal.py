@@ -980,6 +980,18 @@ def test_nobody_is_told_before_the_disk_has_it(make_queue, slow_disk, what):
     future.result(PATIENCE)
 
 
+def test_nobody_is_told_before_the_disk_has_it_also_after_a_compaction(make_queue, slow_disk):
+    queue = make_queue(compact_bytes=5_000, keep_jobs=3)
+    churn(queue, lambda: compactions(queue) == 1)
+    wait_for_compaction()
+    slow_disk.clear()
+    futures = [queue.hold(wait=0) for _ in range(3)]
+    assert not any(future.done() for future in futures)
+    slow_disk.set()
+    for future in futures:
+        future.result(PATIENCE)
+
+
 @pytest.mark.parametrize("what", ANSWERS)
 @pytest.mark.parametrize("fsync", ["interval", "never"])
 def test_with_another_setting_nobody_waits_for_the_disk(make_queue, slow_disk, what, fsync):
