@@ -777,6 +777,27 @@ def test_the_journal_follows_what_is_alive_and_not_what_has_passed(make_queue):
     assert sorted(files(folder)) == ["journal.jsonl"]
 
 
+def test_a_slow_compaction_does_not_put_the_next_one_off(make_queue, monkeypatch):
+    """What was written while it ran is dead, and says nothing about how much is alive."""
+    queue = make_queue(compact_bytes=20_000, fsync="never", keep_jobs=10)
+    queue.submit_many(50, queue="stays")
+    goes_on, fsync = threading.Event(), os.fsync
+
+    def slow(fd: int) -> None:
+        assert goes_on.wait(PATIENCE)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    churn(queue, compacting)
+    for _ in range(1_000):
+        queue.bring_to("completed", queue="churn")
+    goes_on.set()
+    wait_for_compaction()
+    queue.submit()
+    wait_for_compaction()
+    assert journal_of(queue.engine).stat().st_size < 60_000
+
+
 @pytest.mark.parametrize(
     ("payload", "kind"), [(b"\x01" * 1_000, "text"), (b'"' + b'\\"' * 500 + b'"', "json"), (b"\xff" * 1_000, "binary")]
 )
