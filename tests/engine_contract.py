@@ -862,6 +862,16 @@ class EngineContract:
         assert [taken.id for taken in other.result(PATIENCE)] == [job.id]
         assert queue.nothing("a", "b")
 
+    @pytest.mark.parametrize("names", ["ab", "ba"])
+    def test_nobody_is_passed_over_when_several_queues_fill_at_once(self, queue, names):
+        queue.pause()
+        for name in names:
+            queue.submit(name, queue=name)
+        first, second = queue.wait_for("b"), queue.wait_for("b", "a")
+        queue.resume()
+        assert [job.payload for job in first.result(PATIENCE)] == [b"b"]
+        assert [job.payload for job in second.result(PATIENCE)] == [b"a"]
+
     def test_a_waiter_is_not_woken_for_another_queue(self, queue):
         waiter = queue.wait_for("a", "b")
         queue.submit(queue="c")
