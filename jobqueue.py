@@ -1438,10 +1438,12 @@ class _Lane:
 class _Waiter:
     """A long poll in line, or a client that waits for the end of a job (`job_id`)."""
 
-    __slots__ = ("future", "answer", "claim", "job_id")
+    __slots__ = ("future", "answer", "claim", "job_id", "number")
+    _count = itertools.count()
 
     def __init__(self, future: Future, answer: Callable, claim: Claim | None = None, job_id: str | None = None) -> None:
         self.future, self.answer, self.claim, self.job_id = future, answer, claim, job_id
+        self.number = next(self._count)  # its age, among those of other queues
 
 
 class _Order:
@@ -1974,7 +1976,10 @@ class LocalEngine(Engine):
     def _round_off(self) -> None:
         """The end of each verb."""
         while self._due:
-            self._offer(self._due.pop())
+            lanes, self._due = list(dict.fromkeys(self._due)), []
+            while lanes := [lane for lane in lanes if lane.waiters and self._first(lane)]:
+                # Of several queues that filled at once, the poll that waits longest is served first.
+                self._offer(min(lanes, key=lambda lane: next(iter(lane.waiters)).number))
         if self.journal.size > self._compact_size:
             self._watch_size()
         if self._drained is not None and not self._counts["processing"]:
@@ -2196,17 +2201,16 @@ class LocalEngine(Engine):
         return future
 
     def _offer(self, lane: _Lane) -> None:
-        """Hand pending jobs to the polls that wait, the one that waits longest first."""
-        while lane.waiters and self._first(lane):
-            waiter = next(iter(lane.waiters))
-            if not waiter.future.claim():
-                self._drop_poll(waiter)
-                continue
-            try:
-                jobs, error = self._take(waiter.claim), None
-            except JobQueueError as refusal:
-                jobs, error = [], refusal
-            self._answer_poll(waiter, jobs, error)
+        """Hand the lane's next jobs to the poll that waits longest for it."""
+        waiter = next(iter(lane.waiters))
+        if not waiter.future.claim():
+            self._drop_poll(waiter)
+            return
+        try:
+            jobs, error = self._take(waiter.claim), None
+        except JobQueueError as refusal:
+            jobs, error = [], refusal
+        self._answer_poll(waiter, jobs, error)
 
     def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: JobQueueError | None = None) -> None:
         """Its future is claimed."""

@@ -869,6 +869,7 @@ class EngineContract:
             queue.submit(name, queue=name)
         first, second = queue.wait_for("b"), queue.wait_for("b", "a")
         queue.resume()
+        assert queue.waiting_futures([first, second]) == []
         assert [job.payload for job in first.result(PATIENCE)] == [b"b"]
         assert [job.payload for job in second.result(PATIENCE)] == [b"a"]
 
