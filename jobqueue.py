@@ -1158,8 +1158,8 @@ class Journal:
 
     # -- compaction: a thread of the caller's writes the new file, the committing thread switches to it
 
-    def compact(self, count: int, bodies: Iterable[str], seq: int, offset: int) -> None:
-        """Replace the records up to `seq`, which end at byte `offset`, by `count` new ones.
+    def compact(self, count: int, bodies: Iterable[str], seq: int, offset: int) -> int:
+        """Replace the records up to `seq`, which end at byte `offset`, by `count` new ones; their size in bytes.
 
         Takes as long as it takes; the file goes on being appended to. OSError: the old file stays.
         """
@@ -1175,6 +1175,7 @@ class Journal:
         new.done.wait()
         if new.error:
             raise new.error
+        return new.snapshot_size
 
     def _switch_to(self, new: _NewFile) -> None:
         """Only this thread acknowledges, so what it has synced in both files is all that anybody was told of."""
@@ -1215,6 +1216,7 @@ class _NewFile:
         try:
             if snapshot:
                 self._write_snapshot(last - snapshot[0], last, snapshot[1])
+                self.snapshot_size = self.size
             self.follow()
             self.sync()
         except OSError:
@@ -1545,6 +1547,7 @@ class LocalEngine(Engine):
         self._compacting: threading.Thread | None = None
         self._compact_size = settings.compact_bytes
         self._compact_again = 0.0  # not before
+        self._alive_then = 0  # bytes of live data when the last compaction began
         self._inflation = 1.0  # bytes in the journal for a byte of live data: text is escaped there, binary is base64
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
         self._totals = collections.Counter(dict.fromkeys(_COUNTED, 0))
@@ -2403,6 +2406,7 @@ class LocalEngine(Engine):
         if size < 2 * alive or self._clock.monotonic() < self._compact_again:
             return
         count, bodies = self._snapshot()
+        self._alive_then = self._unfinished_bytes + self._finished_bytes
         arguments = (count, self._until_closed(bodies), self.journal.seq, size)
         self._compacting = threading.Thread(target=self._compact, args=arguments, name="jobqueue-compact", daemon=True)
         self._compacting.start()
@@ -2417,10 +2421,9 @@ class LocalEngine(Engine):
         """Runs in a thread of its own, without the lock."""
         before = self.journal.size
         try:
-            self.journal.compact(*arguments)
+            size = self.journal.compact(*arguments)
             self._totals["compactions_total"] += 1
-            alive = self._unfinished_bytes + self._finished_bytes
-            self._inflation = max(1.0, self.journal.size / max(1, alive))
+            self._inflation = max(1.0, size / max(1, self._alive_then))
             log.info("compacted bytes_before=%d bytes_after=%d", before, self.journal.size)
         except OSError as error:
             if not self._closed:
