@@ -1026,7 +1026,7 @@ class Journal:
         """
         with self._tail:
             if self.failure:
-                raise self._unknown(None)
+                raise self.unknown(None)
             if self._reserve.spent and not urgent and not self._reserve.fill():
                 raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
             data = journal_line(self.seq + 1, self.synced, body)
@@ -1056,7 +1056,7 @@ class Journal:
             os.ftruncate(self._file, self.size)
         except OSError as error:
             self._fail(error)
-            raise self._unknown(None) from None
+            raise self.unknown(None) from None
 
     def settle(self, future: Future, value: Any, seq: int, job_id: str | None = None) -> bool:
         """Answer `future` with `value` once record `seq` is on the disk; True when the answer may be given now.
@@ -1071,7 +1071,7 @@ class Journal:
                 self._since = self._clock.monotonic()
                 self._wake.notify()
         if self.failure:  # it failed in between: nobody else will answer
-            future.set_exception(self._unknown(job_id))
+            future.set_exception(self.unknown(job_id))
         return False
 
     # -- the committing thread: one sync for all that wait for it
@@ -1094,7 +1094,7 @@ class Journal:
             if waiting:
                 self._commits.observe(self._clock.monotonic() - since)
             for future, value, job_id in waiting:
-                future.set_result(self._unknown(job_id) if self.failure else value)
+                future.set_result(self.unknown(job_id) if self.failure else value)
             if closing and not waiting:
                 return
         self._refuse_waiting()
@@ -1136,7 +1136,7 @@ class Journal:
             waiting, self._waiting = self._waiting, []
             switch, self._switch = self._switch, None
         for future, _, job_id in waiting:
-            future.set_exception(self._unknown(job_id))
+            future.set_exception(self.unknown(job_id))
         if switch:
             switch.error = self.failure
             switch.discard()
@@ -1151,7 +1151,8 @@ class Journal:
             "fsync_seconds": self._syncs,
         }
 
-    def _unknown(self, job_id: str | None) -> JobQueueError:
+    def unknown(self, job_id: str | None) -> JobQueueError:
+        """What whoever waits is told once the disk has failed."""
         return JobQueueError(
             "outcome_unknown", f"the disk failed ({self.failure}); look the job up after a restart", job_id
         )
@@ -1905,7 +1906,10 @@ class LocalEngine(Engine):
         self._end_polls()
         for job_id, watchers in self._watchers.items():
             for watcher in watchers:
-                self._answer_watcher(watcher, watcher.answer(self._jobs[job_id]), self._jobs[job_id].record)
+                job = self._jobs[job_id]
+                # After a disk failure nothing more is acknowledged, not even what is on the disk.
+                value = self.journal.unknown(job_id) if self.journal.failure else watcher.answer(job)
+                self._answer_watcher(watcher, value, job.record)
         self._closed = True
         self._timer.notify()
 

@@ -961,8 +961,9 @@ class EngineMachine(RuleBasedStateMachine):
         for job in self.engine.jobs(None, None, 1_000, None)[0]:
             if job.id not in self.model.jobs and job.id in forgotten:
                 self.model.jobs[job.id] = forgotten.pop(job.id)
-                # Its key may be a later job's, forgotten or not: then nobody can say whose it is now.
-                if any((other.key, other.number > job.number) == (job.key, True) for other in forgotten.values()):
+                # Its key may have become a later job's, forgotten or not: then nobody can say whose it is from now on.
+                others = [*forgotten.values(), *self.model.jobs.values()]
+                if any(other.key == job.key and other.number > job.number for other in others):
                     self.doubtful.add(job.key)
         self.model.restarted()
         self.model.settle()
