@@ -6208,12 +6208,16 @@ def work(arguments: argparse.Namespace) -> int:
     workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
     threads = [_Working(worker) for worker in workers]
 
-    def stop(*_: Any) -> None:
+    def stop() -> None:
         for worker in workers:
             worker.stop()
 
+    def on_signal(*_: Any) -> None:
+        stop()
+        log.info("stopping: what runs is finished, nothing more is taken")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, on_signal)
     log.info("working url=%s queue=%s concurrency=%d", arguments.url, arguments.queue or "default", len(workers))
     for thread in threads:
         thread.start()

@@ -348,7 +348,10 @@ COMPACT = (
 
 
 def grow(load, port, data):
-    """Write to the journal until it is compacted: a job fails again and again, with much to say."""
+    """Write to the journal until it is compacted: a job fails again and again, with much to say.
+
+    Leases are shorter than a drain is patient: a server that stops between a poll and its fail leaves a job leased.
+    """
     wire, rng = Wire(port), random.Random(load.seed)
     before = os.stat(data / "journal.jsonl").st_ino
     load.act("client_async", wire, rng)
@@ -356,7 +359,7 @@ def grow(load, port, data):
     deadline = time.monotonic() + 20
     while os.stat(data / "journal.jsonl").st_ino == before or (data / "journal.jsonl.new").exists():
         assert time.monotonic() < deadline, "never compacted"
-        load.act("worker_fail_at_length", wire, rng, lease=60)
+        load.act("worker_fail_at_length", wire, rng, lease=15)
         load.act("client_async", wire, rng)
     wire.close()
 

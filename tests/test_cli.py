@@ -683,6 +683,7 @@ def test_sigterm_lets_the_running_one_finish_and_takes_no_other(server, client, 
     client.wait_status(first, "processing")
     second = client.put(queue=queue)
     worker.terminate()
+    worker.wait_log("stopping")
     assert client.status(first) == "processing"
     (room / "go").touch()
     assert worker.wait() == OK

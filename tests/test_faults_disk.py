@@ -144,6 +144,7 @@ def one_cycle(load, server, folder):
     """
     client = Client(load, server)
     held, answer = client.hold()
+    wait_until(lambda: client.wire.request("GET", "/api/admin/stats")[1]["waiting_clients"], what="a client to be held")
     ids = {client.submit("&wait=0&queue=held").answer["job_id"] for _ in range(20)}
     for _ in range(50):
         client.submit()
@@ -438,11 +439,11 @@ def fail_a_compaction(starts, load, data, fault, name):
     load.act("client_async", wire, rng)
     with traced(server, fault, paths=[data / name]) as trace, contextlib.suppress(Cut):
         for _ in range(100):
-            load.act("worker_fail_at_length", wire, rng, lease=60)
+            load.act("worker_fail_at_length", wire, rng, lease=15)
             if "(INJECTED)" in trace.text():
                 break
         for _ in range(10):
-            load.act("worker_fail_at_length", wire, rng, lease=60)
+            load.act("worker_fail_at_length", wire, rng, lease=15)
             load.act("client_async", wire, rng)
         assert "(INJECTED)" in trace.text(), "never compacted"
     return server

@@ -228,7 +228,7 @@ def script(load, port):
     for act in ("async", "async", "batch", "key_async", "cancel", "delayed"):
         load.act(f"client_{act}", wire, rng)
     for act in ("one", "repeat", "fail", "release", "batch", "fail_for_good", "chain"):
-        load.act(f"worker_{act}", wire, rng, lease=60)
+        load.act(f"worker_{act}", wire, rng, lease=15)
     load.act("client_batch", wire, rng)
     wire.close()
 
