@@ -350,6 +350,19 @@ TRANSITIONS = {
 }
 
 
+class Terms(NamedTuple):
+    """What a submission says beside its payload. None: the server's figure, or no limit."""
+
+    queue: str = "default"
+    priority: int = 0
+    headers: str = "{}"  # the submitter's, as JSON text
+    attempts: int = 3  # how often it may be tried
+    lease: float | None = None
+    ttl: float | None = None
+    delay: float = 0.0
+    key: str | None = None  # the Idempotency-Key
+
+
 class Job(NamedTuple):
     """One job, frozen. Times are microseconds since 1970, spans are seconds; None means: not set."""
 
@@ -360,23 +373,26 @@ class Job(NamedTuple):
     created: int
     payload: bytes
     kind: str  # of the payload: json, text or binary
-    headers: str  # the submitter's, as JSON text
-    attempts: int  # how often it may be tried
+    headers: str
+    attempts: int
     lease: float | None = None
     ttl: float | None = None
-    key: str | None = None  # the Idempotency-Key
+    key: str | None = None
+    # what a lease sets; `leased` relies on their order
     state: str = "pending"
-    delay: float = 0.0  # the one that runs or ran last
-    available: int | None = None  # when that delay is over
-    expires: int | None = None
-    failures: int = 0
-    deliveries: int = 0
     token: str | None = None  # of the lease in force, or of the last one
     lease_seconds: float | None = None
     settled: str | None = None  # the verb by which that lease ended; None while in force, "lapse" when it ran out
     worker: str | None = None
     started: int | None = None
+    deliveries: int = 0
+    # what else happens to it
+    failures: int = 0
+    delay: float = 0.0  # the one that runs or ran last
+    available: int | None = None  # when that delay is over
+    expires: int | None = None
     extended: int | None = None  # when the lease in force was extended last
+    # its end; `completed` relies on their order
     finished: int | None = None
     result: bytes | None = None
     result_kind: str | None = None
@@ -389,7 +405,24 @@ class Job(NamedTuple):
         values = list(self)
         for name, value in changes.items():
             values[_FIELD_INDEX[name]] = value
-        return Job._make(values)
+        return tuple.__new__(Job, values)
+
+    def recorded(self, record: int) -> Job:
+        """The same, with the number of its record."""
+        return tuple.__new__(Job, (*self[:29], record))
+
+    def leased(self, token: str, seconds: float, worker: str, started: int, record: int) -> Job:
+        """As moved by `lease`; spelled out, since every job goes this way, as the next one."""
+        fresh = (state_after(self, "lease"), token, seconds, None, worker, started, self.deliveries + 1)
+        return tuple.__new__(Job, (*self[:12], *fresh, *self[19:29], record))
+
+    def completed(
+        self, token: str | None, finished: int, result: bytes, kind: str, content_type: str | None, record: int
+    ) -> Job:
+        """As moved by `complete`; `token` is the lease's, or None where it is void from now on."""
+        fresh = (state_after(self, "complete"), token, self.lease_seconds, "complete")
+        end = (finished, result, kind, content_type, self.error, record)
+        return tuple.__new__(Job, (*self[:12], *fresh, *self[16:24], *end))
 
     @property
     def size(self) -> int:
@@ -523,12 +556,11 @@ def _is_deep_json(text: str) -> bool:
     return state == "after" and not nesting and not text[at:].strip(" \t\n\r")
 
 
+_quote = json.encoder.encode_basestring  # a text as a JSON string, in Unicode
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 if json.encoder.c_make_encoder:
     # What JSONEncoder.encode makes anew at each call, made once: two thirds of the time of a small object.
-    _encode = json.encoder.c_make_encoder(
-        None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, True
-    )
+    _encode = json.encoder.c_make_encoder(None, _encoder.default, _quote, None, ":", ",", False, False, True)
 
     def json_text(value: Any) -> str:
         """Compact JSON, in Unicode."""
@@ -567,6 +599,46 @@ def unpack(fields: dict[str, Any]) -> dict[str, Any]:
         if text is not None:
             fields[name] = text.encode() if fields[kind] != "binary" else base64.b64decode(text)
     return fields
+
+
+@functools.lru_cache(512)
+def _terms_text(terms: Terms) -> str:
+    """Terms as members of a record. Clients submit under the same ones again and again."""
+    known = {"queue": terms.queue, "priority": terms.priority, "headers": terms.headers, "attempts": terms.attempts}
+    pairs = zip(terms._fields, terms, strict=True)
+    return json_text(known | {name: value for name, value in pairs if value != _DEFAULTS.get(name)})[1:-1]
+
+
+def submit_text(job: Job, terms: Terms) -> str:
+    """A new job as the text of a JSON object; the three records of every job are written without a dictionary."""
+    text = _quote(job.payload.decode() if job.kind != "binary" else base64.b64encode(job.payload).decode())
+    times = "" if job.state == "pending" else f',"state":"{job.state}","available":{job.available}'
+    times += "" if job.expires is None else f',"expires":{job.expires}'
+    return (
+        f'{{"number":{job.number},"id":"{job.id}","created":{job.created},"kind":"{job.kind}","payload":{text},'
+        f"{_terms_text(terms)}{times}}}"
+    )
+
+
+def lease_record(job: Job, token: str, seconds: float, worker: str, started: int) -> str:
+    """What `Job.leased` makes of a job."""
+    return (
+        f'{{"op":"lease","id":"{job.id}","settled":null,"token":"{token}","lease_seconds":{seconds},'
+        f'"worker":{_quote(worker)},"deliveries":{job.deliveries + 1},"started":{started}}}'
+    )
+
+
+def complete_record(
+    job: Job, token: str | None, finished: int, result: bytes, kind: str, content_type: str | None
+) -> str:
+    """What `Job.completed` makes of a job."""
+    text = _quote(result.decode() if kind != "binary" else base64.b64encode(result).decode())
+    extra = ',"token":null' if token is None and job.token is not None else ""
+    extra += "" if content_type is None else f',"content_type":{_quote(content_type)}'
+    return (
+        f'{{"op":"complete","id":"{job.id}","settled":"complete","finished":{finished},"result":{text},'
+        f'"result_kind":"{kind}"{extra}}}'
+    )
 
 
 def pack_job(job: Job) -> dict[str, Any]:
@@ -617,6 +689,13 @@ class Future:
 
     set_exception = set_result
 
+    @classmethod
+    def of(cls, value: Any) -> Future:
+        """One that is answered already."""
+        future = cls()
+        future._state, future._value = _DONE, value
+        return future
+
     def _end(self, state: int, value: Any, latest: int) -> bool:
         with self._lock:
             if self._state > latest:
@@ -629,6 +708,11 @@ class Future:
 
     def done(self) -> bool:
         return self._state >= _DONE
+
+    @property
+    def outcome(self) -> Any:
+        """The answer once it is there, an exception as a value."""
+        return self._value
 
     def cancelled(self) -> bool:
         return self._state == _CANCELLED
@@ -684,6 +768,9 @@ class Timers:
     def __iter__(self) -> Iterator[Any]:
         """The keys whose deadline is to come."""
         return iter(self._when)
+
+    def __len__(self) -> int:
+        return len(self._when)
 
     def first(self) -> float:
         """The next deadline, or infinity."""
@@ -909,8 +996,12 @@ class Journal:
         self._since = 0.0  # when the first of those that wait began to
         self._file = -1
         self._tail = threading.Lock()  # the end of the file: held by an append, and by the switch to a compacted file
-        self._waiting: list[tuple[Future, Any, str | None]] = []
-        self._wake = threading.Condition()  # notified when _waiting gets its first entry, and for a switch or the end
+        self._waiting: collections.deque[tuple[Future, Any, str | None]] = collections.deque()
+        self._wake = threading.Condition()  # notified when the committing thread has something to do
+        self._asleep = False  # does it wait for an append?
+        self._committing = threading.Lock()  # held while syncing and answering, and for whatever else closes the file
+        self._leader = 0  # the thread that commits after its own verbs
+        self._quick = True  # is the disk quick enough for that?
         self._switch: _NewFile | None = None
         self._closing = False
         self._marked = 0  # the record up to which no watermark needs to be written
@@ -997,16 +1088,20 @@ class Journal:
             self._wake.notify()
         if self._committer.is_alive():
             self._committer.join()
-        if not self.failure and self._file >= 0:
-            with contextlib.suppress(OSError, JobQueueError):
-                _sync_data(self._file)
-                self.synced, end = self.seq, self.size
-                self.append('{"op":"close"}', urgent=True)
-                try:
-                    _sync_data(self._file)
-                except OSError:
-                    os.ftruncate(self._file, end)  # not sure to be on the disk: no closing record, then
-        self.abandon()
+        with self._committing:
+            if not self.failure and self._file >= 0:
+                with contextlib.suppress(OSError, JobQueueError):
+                    self._append_closing()
+            self.abandon()
+
+    def _append_closing(self) -> None:
+        _sync_data(self._file)
+        self.synced, end = self.seq, self.size
+        self.append('{"op":"close"}', urgent=True)
+        try:
+            _sync_data(self._file)
+        except OSError:
+            os.ftruncate(self._file, end)  # not sure to be on the disk: no closing record, then
 
     def abandon(self) -> None:
         """Let go of the folder and leave the file as it is."""
@@ -1019,8 +1114,9 @@ class Journal:
 
     # -- appending; the engine's lock is held
 
-    def append(self, body: str, urgent: bool = False) -> int:
-        """Write a record and return its number; JobQueueError disk_full: nothing of it is in the file.
+    def append(self, *bodies: str, urgent: bool = False) -> int:
+        """Write records with one write and return the last one's number; JobQueueError disk_full: nothing of them is
+        in the file. (After a crash the first ones may be there without the others.)
 
         `urgent` ones (of workers, and of the clock) may use the reserve.
         """
@@ -1029,14 +1125,17 @@ class Journal:
                 raise self.unknown(None)
             if self._reserve.spent and not urgent and not self._reserve.fill():
                 raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
-            data = journal_line(self.seq + 1, self.synced, body)
+            seq, synced = self.seq, self.synced
+            data = b"".join([journal_line(number, synced, body) for number, body in enumerate(bodies, seq + 1)])
             try:
                 _write_all(self._file, data)
             except OSError as error:
                 self._refuse(error, data, urgent)
-            self.seq += 1
             self.size += len(data)
-            return self.seq
+            self.seq = seq = seq + len(bodies)
+        if self._asleep:
+            self._rouse()
+        return seq
 
     def _refuse(self, error: OSError, data: bytes, urgent: bool) -> None:
         """A write failed: nothing of it stays. Once more, where the reserve makes room for it; else raise."""
@@ -1065,52 +1164,94 @@ class Journal:
         """
         if not self.durable or seq <= self.synced:
             return True
-        with self._wake:
-            self._waiting.append((future, value, job_id))
-            if len(self._waiting) == 1:
-                self._since = self._clock.monotonic()
-                self._wake.notify()
+        waiting = self._waiting
+        waiting.append((future, value, job_id))
+        if len(waiting) == 1:
+            self._since = self._clock.monotonic()
+            if not (self._quick and self._leader == threading.get_ident()):
+                self._rouse()
         if self.failure:  # it failed in between: nobody else will answer
             future.set_exception(self.unknown(job_id))
         return False
 
-    # -- the committing thread: one sync for all that wait for it
+    # -- one sync for all that wait for it: by the thread that leads, after its verbs; else by the committing thread
+
+    QUICK = 0.005  # seconds a sync may take for that: who waits on the disk in the serving thread keeps others waiting
+
+    def lead(self) -> None:
+        """This thread will call `commit` after each group of its verbs, so that nobody has to be woken for them."""
+        self._leader = threading.get_ident()
+
+    def commit(self) -> None:
+        """Sync for all that wait, and answer them."""
+        if self._waiting and self._quick and self._committing.acquire(blocking=False):
+            try:
+                self._commit()
+            finally:
+                self._committing.release()
+        if self._waiting:
+            self._rouse()
+
+    def _commit(self) -> None:
+        """`_committing` is held."""
+        count, since = len(self._waiting), self._since
+        if not self.failure:
+            try:
+                self._sync(idle=not count and self.durable)
+            except OSError as error:
+                self._fail(error)
+        if count:
+            self._commits.observe(self._clock.monotonic() - since)
+        for _ in range(count):
+            future, value, job_id = self._waiting.popleft()
+            future.set_result(self.unknown(job_id) if self.failure else value)
+
+    def _rouse(self) -> None:
+        with self._wake:
+            self._wake.notify()
 
     def _commit_forever(self) -> None:
         while not self.failure:
+            unmarked = 0
             with self._wake:
                 if not (self._waiting or self._closing or self._switch):
-                    self._clock.wait(self._wake, self._patience())
-                waiting, self._waiting, since = self._waiting, [], self._since
+                    unmarked = self._sleep()
                 switch, self._switch = self._switch, None
                 closing = self._closing
-            try:
-                if waiting or (self._settings.fsync != "never" and self.seq > self._marked):
-                    self._sync(idle=not waiting and self.durable)
+            # Nobody waits: the watermark is written when nothing was for a while, with `interval` in any case.
+            due = unmarked and (unmarked == self.seq or not self.durable)
+            with self._committing:
+                if self._waiting or due:
+                    self._commit()
                 if switch:
                     self._switch_to(switch)
-            except OSError as error:
-                self._fail(error)
-            if waiting:
-                self._commits.observe(self._clock.monotonic() - since)
-            for future, value, job_id in waiting:
-                future.set_result(self.unknown(job_id) if self.failure else value)
-            if closing and not waiting:
+            if closing and not self._waiting:
                 return
         self._refuse_waiting()
 
-    def _patience(self) -> float | None:
-        if self._settings.fsync == "never" or self.seq <= self._marked:
-            return None
-        return self.IDLE if self.durable else self._settings.fsync_interval
+    def _sleep(self) -> int:
+        """Until somebody waits, or it is time to look again: the last record then, where the watermark does not cover
+        it yet. `_wake` is held."""
+        self._asleep = self._settings.fsync != "never"  # first, so that an append comes after it or is seen
+        unmarked = self.seq if self._dirty() else 0
+        if unmarked:
+            self._asleep = False
+        patience = self.IDLE if self.durable else self._settings.fsync_interval
+        self._clock.wait(self._wake, patience if unmarked else None)
+        self._asleep = False
+        return unmarked
+
+    def _dirty(self) -> bool:
+        return self.seq > self._marked and self._settings.fsync != "never"
 
     def _sync(self, idle: bool) -> None:
         seq = self.seq
         if seq > self.synced:
             before = self._clock.monotonic()
             _sync_data(self._file)
-            self._syncs.observe(self._clock.monotonic() - before)
-            self.synced = seq
+            took = self._clock.monotonic() - before
+            self._syncs.observe(took)
+            self.synced, self._quick = seq, took < self.QUICK
         if not self.durable:
             self._marked = seq
         elif idle:
@@ -1127,16 +1268,16 @@ class Journal:
                 self.path,
                 error,
             )
-            with self._wake:
-                self._wake.notify()
+            self._rouse()
             threading.Thread(target=self._on_failure, name="jobqueue-failed", daemon=True).start()
 
     def _refuse_waiting(self) -> None:
         with self._wake:
-            waiting, self._waiting = self._waiting, []
             switch, self._switch = self._switch, None
-        for future, _, job_id in waiting:
-            future.set_exception(self.unknown(job_id))
+        with self._committing:
+            while self._waiting:
+                future, _, job_id = self._waiting.popleft()
+                future.set_exception(self.unknown(job_id))
         if switch:
             switch.error = self.failure
             switch.discard()
@@ -1179,7 +1320,7 @@ class Journal:
         return new.snapshot_size
 
     def _switch_to(self, new: _NewFile) -> None:
-        """Only this thread acknowledges, so what it has synced in both files is all that anybody was told of."""
+        """`_committing` is held, so what is synced in both files is all that anybody was told of."""
         try:
             new.follow()
             new.sync()
@@ -1194,10 +1335,13 @@ class Journal:
         finally:
             new.done.set()
         os.close(old)
-        seq = self.seq
-        _sync_data(self._file)
-        _sync_folder(self.folder)
-        self.synced = seq
+        try:
+            seq = self.seq
+            _sync_data(self._file)
+            _sync_folder(self.folder)
+            self.synced = seq
+        except OSError as error:
+            self._fail(error)
 
 
 class _NewFile:
@@ -1333,14 +1477,14 @@ class Engine(abc.ABC):
     """The verbs of a queue. Those that may wait return a Future; JobQueueError says why something cannot be."""
 
     @abc.abstractmethod
-    def submit(self, fields: dict[str, Any], wait: float | None, tied: bool = False) -> Future:
+    def submit(self, terms: Terms, payload: bytes, kind: str, wait: float | None, tied: bool = False) -> Future:
         """Accept a job. Future of (Job, replayed): final within `wait` seconds (None: no limit), else as it stands
         once it is on the disk. `replayed`: the key stood for a job that was there before. `tied`: cancelling the
         future cancels the job, unless others wait for it."""
 
     @abc.abstractmethod
-    def submit_many(self, batch: list[dict[str, Any]]) -> Future:
-        """Accept all of the jobs or none. Future of their ids, once they are on the disk."""
+    def submit_many(self, terms: Terms, batch: list[tuple[bytes, str]]) -> Future:
+        """Accept all of the jobs (payload and kind) or none. Future of their ids, once they are on the disk."""
 
     @abc.abstractmethod
     def view(self, job_id: str, wait: float) -> Future:
@@ -1424,6 +1568,14 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """Answer all who wait with the jobs as they stand, and close."""
 
+    @abc.abstractmethod
+    def lead(self) -> None:
+        """This thread will call `commit` after each group of its verbs: nobody else has to be woken for them."""
+
+    @abc.abstractmethod
+    def commit(self) -> None:
+        """Do now what is left to be done, such as a sync, before the calling thread's verbs are answered."""
+
 
 class _Lane:
     """One queue: a heap of (number, id) for each priority, the polls that wait for it, its counts."""
@@ -1450,7 +1602,7 @@ class _Waiter:
 
 
 class _Order:
-    """Job ids by number, for listings: two flat arrays, 16 bytes a job. Forgotten jobs go when they are half of it."""
+    """Job ids by number, for listings: two flat arrays, 16 bytes a job. Tidied when half of them are forgotten."""
 
     def __init__(self) -> None:
         self.numbers, self.ids = array.array("q"), []
@@ -1466,10 +1618,9 @@ class _Order:
         return self.ids[start:end][::-1], self.numbers[start] if start else None
 
     def tidy(self, alive: dict[str, Job]) -> None:
-        if len(self.ids) > 2 * len(alive) + 1000:
-            kept = [job for job in map(alive.get, self.ids) if job is not None]
-            self.numbers = array.array("q", [job.number for job in kept])
-            self.ids = [job.id for job in kept]
+        kept = [job for job in map(alive.get, self.ids) if job is not None]
+        self.numbers = array.array("q", [job.number for job in kept])
+        self.ids = [job.id for job in kept]
 
 
 def _verb(method: Callable) -> Callable:
@@ -1533,8 +1684,8 @@ class LocalEngine(Engine):
         self._lanes: dict[str, _Lane] = {}
         self._keys: dict[str, str] = {}
         self._ttl_ends: dict[str, float] = {}  # of the unfinished jobs that have a ttl
-        self._unfinished_bytes = self._finished_bytes = 0
-        self._counts = dict.fromkeys(STATES, 0)
+        self._unfinished = self._unfinished_bytes = self._finished_bytes = 0
+        self._random = _random_digits()
         self._delays, self._leases, self._ttls, self._polls, self._holds = (Timers() for _ in range(5))
         self._kept = {False: collections.OrderedDict(), True: collections.OrderedDict()}  # failed? -> id -> deadline
         self._forget_at = math.inf  # when the next of them has been kept for long enough
@@ -1650,7 +1801,7 @@ class LocalEngine(Engine):
     def _enter_line(self, lane: _Lane, priority: int, line: list[Job]) -> None:
         """What _enter does for each, for very many pending jobs at once. They are in order, and so a heap."""
         lane.counts["pending"] += len(line)
-        self._counts["pending"] += len(line)
+        self._unfinished += len(line)
         self._unfinished_bytes += sum(job.size for job in line)
         self._jobs.update((job.id, job) for job in line)
         lane.heaps.setdefault(priority, []).extend((job.number, job.id) for job in line)
@@ -1668,32 +1819,33 @@ class LocalEngine(Engine):
     # -- clients
 
     @_verb
-    def submit(self, fields: dict[str, Any], wait: float | None, tied: bool = False) -> Future:
-        known = self._keys.get(fields.get("key"))
-        if known is not None:
-            job = self._jobs[known]
-            if (job.payload, job.queue) != (fields["payload"], fields["queue"]):
-                raise JobQueueError("key_reused", "this Idempotency-Key was used for another payload or queue", known)
-            return self._tie(self._watch(job, wait, lambda job: (job, True)), known, tied)
-        self._check_room(1, len(fields["payload"]))
-        job, body = self._new_job(fields)
-        self.journal.append('{"op":"submit",' + body[1:])
-        self._accept(job)
-        return self._tie(self._watch(job, wait, lambda job: (job, False)), job.id, tied)
+    def submit(self, terms: Terms, payload: bytes, kind: str, wait: float | None, tied: bool = False) -> Future:
+        replayed = terms.key is not None and terms.key in self._keys
+        if replayed:
+            job = self._jobs[self._keys[terms.key]]
+            if (job.payload, job.queue) != (payload, terms.queue):
+                raise JobQueueError("key_reused", "this Idempotency-Key was used for another payload or queue", job.id)
+        else:
+            self._check_room(1, len(payload))
+            job = self._new_job(terms, payload, kind, self._wall(), self._last_number + 1)
+            seq = self.journal.append('{"op":"submit",' + submit_text(job, terms)[1:])
+            job = self._accept(job, seq)
+        future = self._watch(job, wait, lambda job: (job, replayed))
+        if tied:
+            future.add_done_callback(lambda future: future.cancelled() and self._untie(job.id))
+        return future
 
     @_verb
-    def submit_many(self, batch: list[dict[str, Any]]) -> Future:
-        self._check_room(len(batch), sum(len(fields["payload"]) for fields in batch))
-        last = self._last_number
-        made = [self._new_job(fields) for fields in batch]
-        try:
-            seq = self.journal.append(f'{{"op":"batch","jobs":[{",".join(body for _, body in made)}]}}')
-        except JobQueueError:
-            self._last_number = last
-            raise
-        for job, _ in made:
-            self._accept(job)
-        return self._promise([job.id for job, _ in made], seq)
+    def submit_many(self, terms: Terms, batch: list[tuple[bytes, str]]) -> Future:
+        self._check_room(len(batch), sum(len(payload) for payload, _ in batch))
+        wall = self._wall()
+        numbered = enumerate(batch, self._last_number + 1)
+        jobs = [self._new_job(terms, payload, kind, wall, number) for number, (payload, kind) in numbered]
+        bodies = ",".join([submit_text(job, terms) for job in jobs])
+        seq = self.journal.append(f'{{"op":"batch","jobs":[{bodies}]}}')
+        for job in jobs:
+            self._accept(job, seq)
+        return self._promise([job.id for job in jobs], seq)
 
     @_verb
     def view(self, job_id: str, wait: float) -> Future:
@@ -1722,7 +1874,11 @@ class LocalEngine(Engine):
 
     @_verb
     def poll(self, claim: Claim) -> Future:
-        return self._claim(claim, lambda jobs, error: (error or jobs, 0))
+        self._see_worker(claim)
+        jobs, _ = self._take(claim)
+        if jobs or not claim.wait or self._drained is not None:
+            return Future.of(jobs)
+        return self._stand_in_line(claim, lambda jobs, error: (error or jobs, 0))
 
     @_verb
     def give_back(self, jobs: list[Job]) -> None:
@@ -1736,21 +1892,41 @@ class LocalEngine(Engine):
     def complete(
         self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None, claim: Claim | None
     ) -> Future:
-        outcome = self._complete(job_id, token, result, kind, content_type)
-        seq = outcome.job.record
-        if claim is None:
-            return self._promise(outcome, seq, job_id)
-        job, duplicate, _ = outcome
-        return self._claim(claim, lambda jobs, _: (Outcome(job, duplicate, jobs[0] if jobs else None), seq), job_id)
+        job = self._find(job_id)
+        if claim is not None:
+            self._see_worker(claim)
+        duplicate = not self._may_complete(job, token)
+        if duplicate:
+            jobs, seq = self._take_if_possible(claim), job.record
+        else:
+            end = (token and job.token, self._wall(), result, kind, content_type)
+            late = job.state == "pending"  # it stands in line itself until that is written
+            jobs, seq = self._take(None if late else claim, complete_record(job, *end))
+            job = self._move(job, job.completed(*end, seq))
+            if late:
+                jobs = self._take_if_possible(claim)
+        if claim is None or jobs or not claim.wait or self._drained is not None:
+            return self._promise(Outcome(job, duplicate, jobs[0] if jobs else None), seq, job_id)
+        return self._stand_in_line(
+            claim, lambda jobs, _: (Outcome(job, duplicate, jobs[0] if jobs else None), seq), job_id
+        )
 
     @_verb
     def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
         outcomes: list[Outcome | JobQueueError] = []
+        batch: dict[str, tuple] = {}  # what is written with one write: place in `outcomes`, job, its end
+        wall = self._wall()
         for job_id, token, result, kind in results:
+            if job_id in batch:  # once more the same: it must see what became of the first
+                self._complete_batch(batch, outcomes)
             try:
-                outcomes.append(self._complete(job_id, token, result, kind, None))
+                job = self._find(job_id)
+                if self._may_complete(job, token):
+                    batch[job_id] = len(outcomes), job, (token and job.token, wall, result, kind, None)
+                outcomes.append(Outcome(job, duplicate=True))  # it stands for the batched ones until they are written
             except JobQueueError as error:
                 outcomes.append(error)
+        self._complete_batch(batch, outcomes)
         done = [outcome.job.record for outcome in outcomes if isinstance(outcome, Outcome)]
         return self._promise(outcomes, max(done, default=0))
 
@@ -1825,8 +2001,7 @@ class LocalEngine(Engine):
         seq = self.journal.append('{"op":"clear"}', urgent=True)
         jobs, watchers, self._watchers = self._jobs, self._watchers, {}
         self._jobs, self._order, self._keys = {}, _Order(), {}
-        self._unfinished_bytes = self._finished_bytes = 0
-        self._counts = dict.fromkeys(STATES, 0)
+        self._unfinished = self._unfinished_bytes = self._finished_bytes = 0
         for lane in list(self._lanes.values()):
             lane.heaps, lane.priorities, lane.counts = {}, [], dict.fromkeys(STATES, 0)
             self._drop_if_empty(lane)
@@ -1852,7 +2027,7 @@ class LocalEngine(Engine):
         waiting = {f"waiting_{who}": self._waiting_now(who) for who in self._waiting}
         return {
             "total": len(self._jobs),
-            **_as_counts(self._counts),
+            **_as_counts({state: sum(lane.counts[state] for lane in self._lanes.values()) for state in STATES}),
             "bytes": self._unfinished_bytes,
             "finished_bytes": self._finished_bytes,
             **waiting,
@@ -1888,6 +2063,12 @@ class LocalEngine(Engine):
             self._drained = Future()
             self._end_polls()
         return self._drained
+
+    def lead(self) -> None:
+        self.journal.lead()
+
+    def commit(self) -> None:
+        self.journal.commit()
 
     def close(self) -> None:
         with contextlib.suppress(JobQueueError):
@@ -1935,46 +2116,45 @@ class LocalEngine(Engine):
     def _check_room(self, count: int, size: int) -> None:
         if self._drained is not None:
             raise JobQueueError("draining", "the server is stopping; try again in a few seconds")
-        unfinished = self._counts["pending"] + self._counts["delayed"] + self._counts["processing"]
-        if unfinished + count > self._settings.max_jobs:
-            raise JobQueueError("queue_full", f"{unfinished} jobs are waiting; at most {self._settings.max_jobs} may")
+        if self._unfinished + count > self._settings.max_jobs:
+            most = self._settings.max_jobs
+            raise JobQueueError("queue_full", f"{self._unfinished} jobs are waiting; at most {most} may")
         if self._unfinished_bytes + size > self._settings.max_bytes:
             raise JobQueueError(
                 "queue_full",
                 f"the jobs hold {self._unfinished_bytes} bytes; at most {self._settings.max_bytes} may be held",
             )
 
-    def _new_job(self, fields: dict[str, Any]) -> tuple[Job, str]:
-        """The job, and its record."""
-        wall = self._wall()
-        self._last_number += 1
-        made = {"number": self._last_number, "id": _new_id(), "created": wall, **fields}
-        if made.get("delay"):
-            made.update(state="delayed", available=wall + microseconds(made["delay"]))
-        if made.get("ttl") is not None:
-            made["expires"] = wall + microseconds(made["ttl"])
-        body = json_text(pack({**made}))
-        made["record"] = self.journal.seq + 1  # the one that is written next
-        return Job(**made), body
+    def _new_job(self, terms: Terms, payload: bytes, kind: str, wall: int, number: int) -> Job:
+        queue, priority, headers, attempts, lease, ttl, delay, key = terms
+        job_id = _uuid(next(self._random) + next(self._random))
+        job = Job(number, job_id, queue, priority, wall, payload, kind, headers, attempts, lease, ttl, key)
+        if delay:
+            job = job.changed(state="delayed", delay=delay, available=wall + microseconds(delay))
+        return job if ttl is None else job.changed(expires=wall + microseconds(ttl))
 
-    def _accept(self, job: Job) -> None:
+    def _accept(self, job: Job, seq: int) -> Job:
+        """Its record is written."""
+        job = job.recorded(seq)
+        self._last_number = job.number
         self._totals["jobs_submitted_total"] += 1
         self._order.add(job.number, job.id)
         if job.key is not None:
             self._keys[job.key] = job.id
         self._weigh(job, 1)
         self._enter(job, self._clock.monotonic(), job.created)
+        return job
 
     def _change(self, job: Job, verb: str, urgent: bool = False, wall: int | None = None, **changes: Any) -> Job:
         """Write the record, then move the job: what the disk refused did not happen. `wall`: see _enter."""
         state = state_after(job, verb)
-        record = {"op": verb, "id": job.id, **changes}
-        if "result" in changes:
-            pack(record)
-        seq = self.journal.append(json_text(record), urgent=urgent)
-        new = job.changed(state=state, record=seq, **changes)
+        seq = self.journal.append(json_text({"op": verb, "id": job.id, **changes}), urgent=urgent)
+        return self._move(job, job.changed(state=state, record=seq, **changes), wall)
+
+    def _move(self, job: Job, new: Job, wall: int | None = None) -> Job:
+        """Put the job where its new state belongs."""
         self._leave(job)
-        if state in FINAL or job.state in FINAL:
+        if new.state in FINAL or job.state in FINAL:
             self._weigh(job, -1)
             self._weigh(new, 1)
         self._enter(new, self._clock.monotonic(), wall)
@@ -1989,12 +2169,11 @@ class LocalEngine(Engine):
                 self._offer(min(lanes, key=lambda lane: next(iter(lane.waiters)).number))
         if self.journal.size > self._compact_size:
             self._watch_size()
-        if self._drained is not None and not self._counts["processing"]:
+        if self._drained is not None and not self._leases:
             self._ready.append((self._drained, True))
 
     def _leave(self, job: Job) -> None:
         self._lanes[job.queue].counts[job.state] -= 1
-        self._counts[job.state] -= 1
         if job.state == "processing":
             self._leases.cancel(job.id)
         elif job.state == "delayed":
@@ -2003,10 +2182,11 @@ class LocalEngine(Engine):
             self._kept[job.state == "failed"].pop(job.id, None)
 
     def _weigh(self, job: Job, sign: int) -> None:
-        """Count the bytes of a job that comes or goes."""
+        """Count a job that comes or goes, and its bytes."""
         if job.state in FINAL:
             self._finished_bytes += sign * job.final_size
         else:
+            self._unfinished += sign
             self._unfinished_bytes += sign * job.size
 
     def _enter(self, job: Job, now: float, wall: int | None) -> None:
@@ -2014,7 +2194,6 @@ class LocalEngine(Engine):
         self._jobs[job.id] = job
         lane = self._lanes.get(job.queue) or self._lane(job.queue)
         lane.counts[job.state] += 1
-        self._counts[job.state] += 1
         if job.state in FINAL:
             self._finish_job(job, now, wall)
             return
@@ -2056,18 +2235,28 @@ class LocalEngine(Engine):
             fresh["expires"] = wall + microseconds(job.ttl)
         return self._change(job, "requeue", wall=wall, **fresh)
 
-    def _complete(self, job_id: str, token: str | None, result: bytes, kind: str, content_type: str | None) -> Outcome:
-        job = self._find(job_id)
+    def _may_complete(self, job: Job, token: str | None) -> bool:
+        """As check_lease has it; and count it."""
         if not check_lease(job, token, "complete"):
             self._totals["duplicate_completions_total"] += 1
-            return Outcome(job, duplicate=True)
+            return False
         self._totals["late_completions_total"] += job.settled == "lapse"
         self._count_worker(job.worker, "completed")
-        changes = {"settled": "complete", "finished": self._wall(), "result": result, "result_kind": kind}
-        changes |= _voided(job, token)
-        if content_type is not None:
-            changes["content_type"] = content_type
-        return Outcome(self._change(job, "complete", urgent=True, **changes))
+        return True
+
+    def _complete_batch(self, batch: dict[str, tuple], outcomes: list[Outcome | JobQueueError]) -> None:
+        """Complete these with one write; their outcomes take their places."""
+        if not batch:
+            return
+        try:
+            last = self.journal.append(*[complete_record(job, *end) for _, job, end in batch.values()], urgent=True)
+        except JobQueueError as error:
+            for place, _, _ in batch.values():
+                outcomes[place] = error
+        else:
+            for seq, (place, job, end) in enumerate(batch.values(), last - len(batch) + 1):
+                outcomes[place] = Outcome(self._move(job, job.completed(*end, seq)))
+        batch.clear()
 
     def _forget_old(self, now: float) -> None:
         """Drop finished jobs that are past their time, or too many, or too large together; the oldest first."""
@@ -2078,21 +2267,23 @@ class LocalEngine(Engine):
                     self._forget(next(iter(jobs)))
             self._forget_at = min((next(iter(jobs.values())) for jobs in kept.values() if jobs), default=math.inf)
         while len(kept[False]) + len(kept[True]) > settings.keep_jobs or self._finished_bytes > settings.keep_bytes:
-            ended = {  # the oldest of each kind -> when it ended, on the monotonic clock
-                next(iter(jobs)): next(iter(jobs.values()))
-                - (settings.keep_failed if failed else settings.keep_completed)
-                for failed, jobs in kept.items()
-                if jobs
-            }
-            self._forget(min(ended, key=ended.get))
+            self._forget(self._oldest_ended())
+
+    def _oldest_ended(self) -> str:
+        others, failed = self._kept[False], self._kept[True]
+        if not (others and failed):
+            return next(iter(others or failed))
+        ended = next(iter(others.values())) - self._settings.keep_completed
+        return next(iter(others if ended <= next(iter(failed.values())) - self._settings.keep_failed else failed))
 
     def _forget(self, job_id: str) -> None:
         job = self._jobs.pop(job_id)
         self._leave(job)
-        self._weigh(job, -1)
+        self._finished_bytes -= job.final_size
         if job.key is not None and self._keys.get(job.key) == job_id:
             del self._keys[job.key]
-        self._order.tidy(self._jobs)
+        if len(self._order.ids) > 2 * len(self._jobs) + 1000:
+            self._order.tidy(self._jobs)
         self._drop_if_empty(self._lanes[job.queue])
 
     # -- the lock is held: the line
@@ -2155,51 +2346,58 @@ class LocalEngine(Engine):
                 return job
         return None
 
-    def _take(self, claim: Claim) -> list[Job]:
-        """Lease up to `claim.max` jobs."""
-        taken: list[Job] = []
+    def _choose(self, claim: Claim | None) -> list[Job]:
+        """Take the jobs that a claim gets out of their lines."""
+        chosen: list[Job] = []
+        if claim is None:
+            return chosen
         for queue in claim.queues:
-            while len(taken) < claim.max:
-                job = self._first(self._lanes.get(queue))
-                if job is None:
-                    break
-                try:
-                    taken.append(self._lease(job, claim))
-                except JobQueueError:
-                    if taken:  # the disk took the first ones: those are this worker's
-                        return taken
-                    raise
-        return taken
+            lane = self._lanes.get(queue)
+            while len(chosen) < claim.max and (job := self._first(lane)) is not None:
+                heap = lane.heaps[job.priority]
+                while heap and heap[0][1] == job.id:  # twice, where it left the line by another way and came back
+                    heapq.heappop(heap)
+                chosen.append(job)
+        return chosen
 
-    def _lease(self, job: Job, claim: Claim) -> Job:
-        seconds = claim.lease or job.lease or self._settings.lease
-        wall = self._wall()
-        if not job.deliveries:
-            self._waits.observe((wall - job.created) / 1e6)
-        return self._change(
-            job,
-            "lease",
-            urgent=True,
-            settled=None,
-            token=secrets.token_hex(8),
-            lease_seconds=seconds,
-            worker=claim.worker,
-            deliveries=job.deliveries + 1,
-            started=wall,
-        )
-
-    def _claim(self, claim: Claim, answer: Callable, job_id: str | None = None) -> Future:
-        """A future of what `answer` makes of the jobs, or of the disk's refusal (and the record it has to wait for)."""
-        self._see_worker(claim)
-        future, error = Future(), None
+    def _take(self, claim: Claim | None, *before: str) -> tuple[list[Job], int]:
+        """Lease up to `claim.max` jobs. Their records are written with one write, and behind those that are given,
+        the last of which has the number that is returned."""
+        chosen = self._choose(claim)
+        if not chosen:
+            return chosen, self.journal.append(*before, urgent=True) if before else 0
+        wall, default = self._wall(), self._settings.lease
+        leases = [(next(self._random), claim.lease or job.lease or default, claim.worker, wall) for job in chosen]
         try:
-            jobs = self._take(claim)
-        except JobQueueError as refusal:
-            jobs, error = [], refusal
-        if jobs or error or not claim.wait or self._drained is not None:
-            future.claim()
-            self._settle(future, *answer(jobs, error), job_id)
-            return future
+            records = [lease_record(job, *lease) for job, lease in zip(chosen, leases, strict=True)]
+            last = self.journal.append(*before, *records, urgent=True)
+        except JobQueueError:
+            for job in chosen:
+                self._line_up(self._lanes[job.queue], job)
+            if len(chosen) > 1:  # perhaps the disk takes one
+                return self._take(claim._replace(max=1), *before)
+            if before:  # or at least these
+                return [], self.journal.append(*before, urgent=True)
+            raise
+        first = last - len(chosen)
+        return [self._lease(*pair) for pair in enumerate(zip(chosen, leases, strict=True), first + 1)], first
+
+    def _lease(self, seq: int, leased: tuple[Job, tuple[str, float, str, int]]) -> Job:
+        """Its record is written."""
+        job, lease = leased
+        if not job.deliveries:
+            self._waits.observe((lease[3] - job.created) / 1e6)
+        return self._move(job, job.leased(*lease, seq))
+
+    def _take_if_possible(self, claim: Claim | None) -> list[Job]:
+        try:
+            return self._take(claim)[0]
+        except JobQueueError:
+            return []
+
+    def _stand_in_line(self, claim: Claim, answer: Callable, job_id: str | None = None) -> Future:
+        """A future of what `answer` makes of the jobs, or of the disk's refusal (and the record it has to wait for)."""
+        future = Future()
         waiter = _Waiter(future, answer, claim, job_id)
         self._count_in("workers", future)
         for queue in claim.queues:
@@ -2214,7 +2412,7 @@ class LocalEngine(Engine):
             self._drop_poll(waiter)
             return
         try:
-            jobs, error = self._take(waiter.claim), None
+            jobs, error = self._take(waiter.claim)[0], None
         except JobQueueError as refusal:
             jobs, error = [], refusal
         self._answer_poll(waiter, jobs, error)
@@ -2246,9 +2444,11 @@ class LocalEngine(Engine):
             self._ready.append((future, value))
 
     def _promise(self, value: Any, seq: int, job_id: str | None = None) -> Future:
+        """A future that is answered now, or after the sync where it has to wait for one."""
         future = Future()
         future.job_id = job_id
-        self._settle(future, value, seq, job_id)
+        if self.journal.settle(future, value, seq, job_id):
+            future.set_result(value)  # nobody has it yet, so this calls nobody
         return future
 
     def _watch(self, job: Job, wait: float | None, answer: Callable[[Job], Any]) -> Future:
@@ -2262,11 +2462,6 @@ class LocalEngine(Engine):
         self._count_in("clients", future)
         if wait is not None:
             self._arm(self._holds, watcher, self._clock.monotonic() + wait)
-        return future
-
-    def _tie(self, future: Future, job_id: str, tied: bool) -> Future:
-        if tied:
-            future.add_done_callback(lambda future: future.cancelled() and self._untie(job_id))
         return future
 
     def _answer_watcher(self, watcher: _Waiter, value: Any, seq: int) -> None:
@@ -2437,10 +2632,21 @@ class LocalEngine(Engine):
             self._compacting = None
 
 
-def _new_id() -> str:
-    """A random UUID (version 4, RFC 9562), in a third of the time of uuid.uuid4."""
-    digits = f"{(int.from_bytes(os.urandom(16)) & ~(0xF000 << 64 | 0xC000 << 48)) | 0x4000 << 64 | 0x8000 << 48:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+def _random_digits() -> Iterator[str]:
+    """16 random hexadecimal digits each time, 256 times for one call of the system."""
+    while True:
+        digits = os.urandom(2048).hex()
+        for at in range(0, 4096, 16):
+            yield digits[at : at + 16]
+
+
+_VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
+
+
+def _uuid(digits: str) -> str:
+    """32 random digits as a UUID (RFC 9562, version 4)."""
+    variant = _VARIANT[digits[16]]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def _voided(job: Job, token: str | None) -> dict[str, Any]:
@@ -2464,6 +2670,14 @@ def _as_counts(counts: dict[str, int]) -> dict[str, int]:
 SCOPES = ("client", "worker", "admin")
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(\s*;[\x20-\x7e]*)?")
+
+
+@functools.lru_cache(64)
+def _media_type(given: str) -> str:
+    """A malformed one is no reason to refuse a result."""
+    return given if _MEDIA_TYPE.fullmatch(given) else "application/octet-stream"
+
+
 MAX_LINES = 50_000  # payloads in one batch: more would hold up everybody else for over a second
 
 
@@ -2502,7 +2716,6 @@ SUBMIT_PARAMETERS = {
     "wait": (_number(float, 0, DAY), "seconds to wait for the result; 0: answer 202 at once"),
     "on_disconnect": (_choice("cancel", "continue"), "what a client that hangs up means for its job"),
 }
-_JOB_OPTIONS = SUBMIT_PARAMETERS.keys() - {"wait", "on_disconnect"}
 CLAIM_PARAMETERS = {
     "queue": (_queues, "queues, comma-separated, in order; default: default"),
     "wait": (_WAIT, "seconds to wait for a job"),
@@ -2569,47 +2782,33 @@ class JobService:
             limit = self.settings.max_payload
             raise JobQueueError("payload_too_large", f"the {what} has {len(data)} bytes; at most {limit} are taken")
 
-    def submit(
-        self,
-        payload: bytes,
-        headers: str,
-        options: dict[str, Any],
-        key: str | None,
-        wait: float | None,
-        tied: bool = False,
-    ) -> Future:
-        """Future of (Job, replayed). `options` as SUBMIT_PARAMETERS; an empty payload is the JSON value ""."""
-        return self.engine.submit(self._fields(payload, headers, options, key), wait, tied)
+    def terms(self, headers: str, options: dict[str, Any], key: str | None = None) -> Terms:
+        """The terms of a submission. `options` as SUBMIT_PARAMETERS."""
+        given = {name: value for name, value in options.items() if name in Terms._fields}
+        return Terms(**{"attempts": self.settings.attempts, "headers": headers, "key": key, **given})
 
-    def submit_many(self, payloads: list[bytes], headers: str, options: dict[str, Any]) -> Future:
+    def submit(self, payload: bytes, terms: Terms, wait: float | None, tied: bool = False) -> Future:
+        """Future of (Job, replayed); an empty payload is the JSON value ""."""
+        self.check_size(payload)
+        if not payload:
+            return self.engine.submit(terms, b'""', "json", wait, tied)
+        return self.engine.submit(terms, payload, kind_of(payload), wait, tied)
+
+    def submit_many(self, payloads: list[bytes], terms: Terms) -> Future:
         """Future of the ids, in order."""
         if not 1 <= len(payloads) <= MAX_LINES:
             raise JobQueueError("invalid_request", f"a batch has 1 to {MAX_LINES} payloads, got {len(payloads)}")
-        return self.engine.submit_many([self._fields(payload, headers, options, None) for payload in payloads])
-
-    def _fields(self, payload: bytes, headers: str, options: dict[str, Any], key: str | None) -> dict[str, Any]:
-        self.check_size(payload)
-        fields = {
-            "queue": "default",
-            "priority": 0,
-            "payload": payload or b'""',
-            "kind": kind_of(payload) if payload else "json",
-            "headers": headers,
-            "attempts": self.settings.attempts,
-        }
-        if options:
-            fields.update((name, value) for name, value in options.items() if name in _JOB_OPTIONS)
-        if key is not None:
-            fields["key"] = key
-        return fields
+        for payload in payloads:
+            self.check_size(payload)
+        return self.engine.submit_many(terms, [(payload, kind_of(payload)) for payload in payloads])
 
     def complete(
         self, job_id: str, token: str | None, result: bytes, content_type: str | None = None, claim: Claim | None = None
     ) -> Future:
         """Future of an Outcome; an empty result is {}."""
         self.check_size(result)
-        if content_type is not None and not _MEDIA_TYPE.fullmatch(content_type):
-            content_type = "application/octet-stream"  # whatever it is, the result is taken
+        if content_type is not None:
+            content_type = _media_type(content_type)
         return self.engine.complete(job_id, token, *self._result(result), content_type, claim)
 
     @staticmethod
@@ -2641,11 +2840,13 @@ class JobService:
 
 def final_error(job: Job) -> JobQueueError | None:
     """What a client that waits for the result is told when the job ended without one."""
-    return {
-        "failed": lambda: JobQueueError("job_failed", job.error or "the worker gave no reason", job.id),
-        "expired": lambda: JobQueueError("job_expired", f"no worker took the job within {job.ttl:g} s", job.id),
-        "cancelled": lambda: JobQueueError("job_cancelled", "the job was cancelled", job.id),
-    }.get(job.state, lambda: None)()
+    if job.state == "failed":
+        return JobQueueError("job_failed", job.error or "the worker gave no reason", job.id)
+    if job.state == "expired":
+        return JobQueueError("job_expired", f"no worker took the job within {job.ttl:g} s", job.id)
+    if job.state == "cancelled":
+        return JobQueueError("job_cancelled", "the job was cancelled", job.id)
+    return None
 
 
 # == HTTP API ==========================================================================================================
@@ -2680,12 +2881,33 @@ class Route(NamedTuple):
     parameters: dict[str, tuple[Callable, str]] = {}
     body: str | None = None  # payload, batch or none: which limit holds
     slow: bool = False  # may take a while: gets a thread of its own
+    prepare: str | None = None  # a method of HttpApi: Asked -> what the handler needs of it
+
+
+class Asked:
+    """What the head of a request says. Callers send the same one again and again: it is kept, and must not change."""
+
+    __slots__ = ("parameters", "headers", "forwarded", "peer", "prepared")
+
+    def __init__(self, parameters: dict[str, Any], headers: dict[str, str], forwarded: str, peer: str) -> None:
+        self.parameters = parameters
+        self.headers = headers  # by lower-case names
+        self.forwarded = forwarded  # what a worker gets of them, as JSON text
+        self.peer = peer
+        self.prepared: Any = None  # by Route.prepare
 
 
 class Request:
-    """One request, parsed. `headers` has lower-case names; `forwarded` is what a worker gets of them, as JSON text."""
+    """One request: what its head says, and what it has of its own."""
 
-    __slots__ = ("job_id", "parameters", "headers", "forwarded", "body", "peer", "crowded")
+    __slots__ = ("asked", "job_id", "token", "body", "crowded")
+
+    def __init__(self, asked: Asked, job_id: str | None, token: str | None, body: bytes, crowded: bool) -> None:
+        self.asked, self.job_id, self.token, self.body, self.crowded = asked, job_id, token, body, crowded
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.asked.parameters
 
 
 def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Response:
@@ -2765,25 +2987,28 @@ class HttpApi:
     # -- clients
 
     def submit(self, request: Request) -> Later:
-        wait, applied = self._waiting_time(request)
+        terms, wait, tied, shape = request.asked.prepared
         if request.crowded and wait != 0:
             raise JobQueueError("too_many_clients", "too many clients are waiting; try again, or use wait=0")
-        options = request.parameters
-        key = request.headers.get("idempotency-key")
+        return Later(self._service.submit(request.body, terms, wait, tied), shape, None, wait != 0)
+
+    def prepare_submit(self, asked: Asked) -> tuple[Terms, float | None, bool, Callable[[tuple[Job, bool]], Response]]:
+        wait, applied = self._waiting_time(asked)
+        key = asked.headers.get("idempotency-key")
         if key is not None and not 1 <= len(key) <= 255:
             raise JobQueueError("invalid_parameter", f"Idempotency-Key must have 1 to 255 characters, got {len(key)}")
-        tied = options.get("on_disconnect") == "cancel"
-        future = self._service.submit(request.body, request.forwarded, options, key, wait, tied)
-        return Later(future, functools.partial(self._submitted, applied), long=wait != 0)
+        tied = asked.parameters.get("on_disconnect") == "cancel"
+        terms = self._service.terms(asked.forwarded, asked.parameters, key)
+        return terms, wait, tied, functools.partial(self._submitted, applied)
 
     @staticmethod
-    def _waiting_time(request: Request) -> tuple[float | None, str | None]:
+    def _waiting_time(asked: Asked) -> tuple[float | None, str | None]:
         """How long the client waits, and which preference (RFC 7240) says so. The query wins over the header."""
-        if "wait" in request.parameters:
-            return request.parameters["wait"], None
-        if "prefer" not in request.headers:
+        if "wait" in asked.parameters:
+            return asked.parameters["wait"], None
+        if "prefer" not in asked.headers:
             return None, None
-        parts = [part.partition(";")[0].strip().lower() for part in request.headers["prefer"].split(",")]
+        parts = [part.partition(";")[0].strip().lower() for part in asked.headers["prefer"].split(",")]
         for part in parts:
             if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,5})"?', part):
                 return min(float(match[1]), DAY), f"wait={match[1]}"
@@ -2794,16 +3019,15 @@ class HttpApi:
     @staticmethod
     def _submitted(applied: str | None, answer: tuple[Job, bool]) -> Response:
         job, replayed = answer
-        headers = (("Idempotent-Replayed", "true"),) if replayed else ()
+        headers: tuple[tuple[str, str], ...] = (("Idempotent-Replayed", "true"),) if replayed else ()
         if applied:
             headers += (("Preference-Applied", applied),)
         if job.state not in FINAL:
             return json_response(
                 {"job_id": job.id, "status": job.state}, 202, (*headers, ("Location", f"/api/jobs/{job.id}"))
             )
-        error = final_error(job)
-        if error:
-            return error_response(error, headers)
+        if job.state != "completed":
+            return error_response(final_error(job), headers)
         body = (
             f'{{"job_id":"{job.id}",{payload_members("payload", job.result_kind, job.result)},'
             f'"created_at":"{iso_time(job.created)}","completed_at":"{iso_time(job.finished)}"}}'
@@ -2811,13 +3035,14 @@ class HttpApi:
         return Response(200, body.encode(), headers=headers)
 
     def submit_many(self, request: Request) -> Later:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = request.asked.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("application/x-ndjson", "application/ndjson", "application/jsonl"):
             raise JobQueueError(
                 "unsupported_media_type", f"Content-Type must be application/x-ndjson, got {kind or 'none'}"
             )
         payloads = [line for line in (line.rstrip(b"\r") for line in request.body.split(b"\n")) if line]
-        future = self._service.submit_many(payloads, request.forwarded, request.parameters)
+        terms = self._service.terms(request.asked.forwarded, request.parameters)
+        future = self._service.submit_many(payloads, terms)
         return Later(future, lambda ids: json_response({"job_ids": ids}, 202))
 
     def view(self, request: Request) -> Later:
@@ -2866,15 +3091,19 @@ class HttpApi:
 
     # -- workers
 
-    def _claim(self, request: Request) -> Claim:
-        get = request.parameters.get
+    def prepare_poll(self, asked: Asked) -> tuple[Claim, Callable[[list[Job]], Response]]:
+        return self._claim(asked), self._polled_many if "max" in asked.parameters else self._polled
+
+    @staticmethod
+    def _claim(asked: Asked) -> Claim:
+        get = asked.parameters.get
         return Claim(
-            get("queue", ("default",)), get("max", 1), get("lease"), get("wait", 0.0), get("worker") or request.peer
+            get("queue", ("default",)), get("max", 1), get("lease"), get("wait", 0.0), get("worker") or asked.peer
         )
 
     def poll(self, request: Request) -> Later:
-        shape = self._polled_many if "max" in request.parameters else self._polled
-        return Later(self._engine.poll(self._claim(request)), shape, self._engine.give_back, True)
+        claim, shape = request.asked.prepared
+        return Later(self._engine.poll(claim), shape, self._engine.give_back, True)
 
     @staticmethod
     def _polled(jobs: list[Job]) -> Response:
@@ -2885,12 +3114,16 @@ class HttpApi:
         return Response(200, f'{{"jobs":[{",".join(map(polled_job, jobs))}]}}'.encode())
 
     def complete(self, request: Request) -> Later:
-        get = request.parameters.get
-        claim = self._claim(request) if get("next") else None
-        content_type = request.headers.get("content-type")
-        future = self._service.complete(request.job_id, get("lease_token"), request.body, content_type, claim)
-        lost = self._lose_next if claim else None
-        return Later(future, functools.partial(self._completed, claim is not None), lost, claim is not None)
+        claim, content_type, shape = request.asked.prepared
+        future = self._service.complete(request.job_id, request.token, request.body, content_type, claim)
+        if claim is None:
+            return Later(future, shape)
+        return Later(future, shape, self._lose_next, True)
+
+    def prepare_complete(self, asked: Asked) -> tuple[Claim | None, str | None, Callable[[Outcome], Response]]:
+        claim = self._claim(asked) if asked.parameters.get("next") else None
+        shape = functools.partial(self._completed, claim is not None)
+        return claim, asked.headers.get("content-type"), shape
 
     @staticmethod
     def _completed(wants_next: bool, outcome: Outcome) -> Response:
@@ -2939,7 +3172,7 @@ class HttpApi:
     def fail(self, request: Request) -> Later:
         get = request.parameters.get
         error = request.body.decode(errors="replace")
-        future = self._service.fail(request.job_id, get("lease_token"), error, get("retry"), get("delay"))
+        future = self._service.fail(request.job_id, request.token, error, get("retry"), get("delay"))
         return Later(future, self._failed)
 
     @staticmethod
@@ -2957,13 +3190,12 @@ class HttpApi:
         return json_response(answer)
 
     def release(self, request: Request) -> Response:
-        outcome = self._engine.release(request.job_id, request.parameters.get("lease_token"))
+        outcome = self._engine.release(request.job_id, request.token)
         extra = {"duplicate": True} if outcome.duplicate else {}
         return json_response({"message": "Job released", "job_id": outcome.job.id, **extra})
 
     def extend(self, request: Request) -> Response:
-        get = request.parameters.get
-        job = self._engine.extend(request.job_id, get("lease_token"), get("lease")).job
+        job = self._engine.extend(request.job_id, request.token, request.parameters.get("lease")).job
         cancelled = job.state == "cancelled"
         return json_response(
             {
@@ -3100,7 +3332,14 @@ _REQUEUE = {**QUEUE_PARAMETER, "status": (_choice("failed", "expired", "cancelle
 
 ROUTES = (
     Route(
-        "POST", "/api/submit", "submit", "client", "Submit a job and wait for its result", SUBMIT_PARAMETERS, "payload"
+        "POST",
+        "/api/submit",
+        "submit",
+        "client",
+        "Submit a job and wait for its result",
+        SUBMIT_PARAMETERS,
+        "payload",
+        prepare="prepare_submit",
     ),
     Route(
         "POST",
@@ -3123,9 +3362,19 @@ ROUTES = (
         "worker",
         "Take a job",
         {**CLAIM_PARAMETERS, "max": (_number(int, 1, 1000), "take up to so many; the answer is a list then")},
+        prepare="prepare_poll",
     ),
     Route("POST", "/api/worker/complete", "complete_many", "worker", "Hand in many results", {}, "batch"),
-    Route("POST", "/api/worker/complete/{job_id}", "complete", "worker", "Hand in a result", _COMPLETE, "payload"),
+    Route(
+        "POST",
+        "/api/worker/complete/{job_id}",
+        "complete",
+        "worker",
+        "Hand in a result",
+        _COMPLETE,
+        "payload",
+        prepare="prepare_complete",
+    ),
     Route("POST", "/api/worker/fail/{job_id}", "fail", "worker", "Say that an attempt failed", _FAIL, "payload"),
     Route(
         "POST",
@@ -4378,37 +4627,43 @@ class _Chunks:
 
 
 class Plan:
-    """What the head of a request asks for. Callers send the same bytes again and again, so it is kept by its bytes."""
+    """What the head of a request asks for, as far as it was understood. It is kept by the bytes of the head."""
 
-    __slots__ = ("head", "version", "is_head", "keep", "framed", "route", "job_id", "parameters", "limit")
+    __slots__ = ("head", "version", "is_head", "keep", "framed", "route", "job_id", "asked", "limit", "seen", "plain")
 
     def __init__(self) -> None:
         self.version, self.is_head, self.keep = 1, False, False
         self.framed = False  # is it known where the body ends? Otherwise the stream cannot go on
         self.route: Route | None = None
+        self.job_id: str | None = None
         self.limit = 65536  # bytes of the body that are read, if only to answer with a refusal
+        self.plain = -1  # length of a body that can be taken without more ado
+
+    @property
+    def token(self) -> str | None:
+        return self.asked.parameters.get("lease_token")
 
 
 class Planner:
     """Parses heads, strictly, and asks whether the caller may. A refusal carries the plan as far as it got."""
 
-    def __init__(self, settings: Settings, access: Access, router: Router) -> None:
-        self._settings, self._access, self._router = settings, access, router
+    def __init__(self, settings: Settings, access: Access, router: Router, prepare: dict[str, Callable]) -> None:
+        self._settings, self._access, self._router, self._prepare = settings, access, router, prepare
         self._limits = {None: 65536, "payload": settings.max_payload, "batch": settings.max_batch}
         self._scheme = "https://" if settings.tls_cert else "http://"
         self._head_of = functools.lru_cache(1024)(Head)  # it keeps no exceptions, so no refused ones
 
-    def plan(self, block: bytes) -> Plan:
+    def plan(self, block: bytes, peer: str) -> Plan:
         """The plan of a head, which ends in CR LF. Raises JobQueueError, with its `plan`."""
         plan = Plan()
         try:
-            self._parse(block, plan)
+            self._parse(block, peer, plan)
         except JobQueueError as error:
             error.plan = plan
             raise
         return plan
 
-    def _parse(self, block: bytes, plan: Plan) -> None:
+    def _parse(self, block: bytes, peer: str, plan: Plan) -> None:
         line, _, fields = block.partition(b"\r\n")
         if len(line) > self._settings.max_request_line:
             limit = self._settings.max_request_line
@@ -4431,7 +4686,9 @@ class Planner:
         if target[0] != "/":
             target = self._origin_form(target, head)
         plan.framed = True
-        self._ask(method, target, head, plan)
+        self._ask(method, target, head, peer, plan)
+        if not (head.chunked or head.expect) and (head.length or 0) <= plan.limit:
+            plan.plain = head.length or 0
 
     def _origin_form(self, target: str, head: Head) -> str:
         """The path and query of an absolute target, which must be of this host (RFC 9112, 3.2)."""
@@ -4441,13 +4698,16 @@ class Planner:
                 return "/" + rest if slash else "/"
         raise _bad_http("the target must be a path, or an absolute URL of this host")
 
-    def _ask(self, method: str, target: str, head: Head, plan: Plan) -> None:
+    def _ask(self, method: str, target: str, head: Head, peer: str, plan: Plan) -> None:
         path, mark, query = target.partition("?")
         plan.route, plan.job_id = route, _ = self._router.find(method, path)
         self._admit(route, head)
         if head.expect and head.expect != "100-continue" and plan.version == 1:
             raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
-        plan.parameters = parse_query(query, route.parameters) if mark else {}
+        parameters = parse_query(query, route.parameters) if mark else {}
+        asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
+        if route.prepare:
+            asked.prepared = self._prepare[route.prepare](asked)
         plan.limit = self._limits[route.body]
 
     def _admit(self, route: Route, head: Head) -> None:
@@ -4467,6 +4727,8 @@ class Planner:
 
 
 _NO_PLAN = Plan()  # of what was refused before its head was whole
+# What each request of a worker has of its own: without its job's id and lease token, its head is one of a few.
+_OWN = re.compile(rb"(POST /api/worker/[a-z]{4,8}/)([0-9a-f-]{36})\?lease_token=([0-9a-f]{16})(?=[& ])")
 _HANDSHAKE, _READING, _HELD, _LINGERING, _CLOSED = range(5)
 
 
@@ -4481,6 +4743,7 @@ class Connection:
         "_buffer",
         "_out",
         "_plan",
+        "_own",
         "_body",
         "_keep",
         "_later",
@@ -4561,7 +4824,7 @@ class Connection:
                 return
             if self.state == _LINGERING:
                 self._discard(len(data))
-            else:
+            elif not self._serve_whole(data):
                 self._buffer += data
                 if self.state == _READING:
                     self._advance()
@@ -4587,6 +4850,24 @@ class Connection:
 
     # -- reading a request
 
+    def _serve_whole(self, data: bytes) -> bool:
+        """Serve a request that came whole and alone, as nearly all do; False: it takes the long way, as below."""
+        end = data.find(b"\r\n\r\n") + 2
+        server = self._server
+        if self.state != _READING or self._buffer or self._out or self._body is not None:
+            return False
+        if not 1 < end <= server.usual_head:
+            return False
+        try:
+            plan, job_id, token = server.plan_of(data[:end], self.peer)
+        except JobQueueError:
+            return False
+        if len(data) != end + 2 + plan.plain:
+            return False
+        self._plan, self._keep, self._started = plan, plan.keep, server.now
+        self._dispatch(plan, job_id, token, data[end + 2 :])
+        return True
+
     def _advance(self) -> None:
         """Serve what the buffer holds, request by request, until one is incomplete or has to wait for its answer."""
         if self._advancing:  # an answer that was there at once: the loop below goes on by itself
@@ -4598,7 +4879,7 @@ class Connection:
                     break  # it is not whole yet
                 self._body, body = None, self._body
                 if self._refusal is None:
-                    self._dispatch(body)
+                    self._dispatch(self._plan, *self._own, body)
                 else:
                     self._respond(error_response(self._refusal, _allowed(self._refusal)))
         except JobQueueError as error:
@@ -4620,13 +4901,13 @@ class Connection:
         del buffer[: end + 4]
         self._started, self._refusal = self._server.now, None
         try:
-            plan = self._plan = self._server.plan_of(block)
+            plan, *self._own = self._server.plan_of(block, self.peer)
         except JobQueueError as error:
             plan = self._plan = error.plan
             if not plan.framed:
                 raise
             self._refusal = error
-        self._keep = plan.keep
+        self._plan, self._keep = plan, plan.keep
         self._frame(plan)
         return True
 
@@ -4685,12 +4966,9 @@ class Connection:
 
     # -- answering
 
-    def _dispatch(self, body: bytes) -> None:
-        server, plan = self._server, self._plan
-        request = Request()
-        request.job_id, request.parameters, request.body, request.peer = plan.job_id, plan.parameters, body, self.peer
-        request.headers, request.forwarded = plan.head.fields, plan.head.forwarded
-        request.crowded = server.held >= server.settings.max_held
+    def _dispatch(self, plan: Plan, job_id: str | None, token: str | None, body: bytes) -> None:
+        server = self._server
+        request = Request(plan.asked, job_id, token, body, server.held >= server.max_held)
         if plan.route.slow:
             self.state = _HELD
             server.process_request((plan.route, request), self)
@@ -4702,17 +4980,15 @@ class Connection:
         if self.state == _CLOSED:
             if isinstance(answer, Later):
                 answer.future.cancel()
-            return
-        if isinstance(answer, Response):
+        elif isinstance(answer, Response):
             self.state = _READING
             self._respond(answer)
-            self._advance()
-            return
-        self.state, self._later = _HELD, answer
-        self._server.hold(self._plan.route, 1)
-        if answer.future.done():
-            self._finish()
+            self._go_on()
+        elif answer.future.done():
+            self._answer(answer)
         else:
+            self.state, self._later = _HELD, answer
+            self._server.hold(self._plan.route, 1)
             answer.future.add_done_callback(self._ended)
 
     def _ended(self, future: Future) -> None:
@@ -4724,23 +5000,29 @@ class Connection:
         later, self._later = self._later, None
         if later is None:
             return
-        value = later.future._value
         if self.state == _CLOSED:
-            self._lose(later, value)
+            self._lose(later, later.future.outcome)
             return
         self._server.hold(self._plan.route, -1)
+        self._answer(later)
+
+    def _answer(self, later: Later) -> None:
         self.state = _READING
-        if later.long and later.lost and self._peer_left():
-            self._lose(later, value)
-            self.close()
-            return
-        if later.lost:
+        value = later.future.outcome
+        if later.lost is not None:
+            if later.long and self._peer_left():
+                self._lose(later, value)
+                self.close()
+                return
             self._unsent = (later, value)  # until all of it is written
         self._respond(self._server.shape(later, value))
         if not self._out:
             self._unsent = None
-            if self._buffer:
-                self._advance()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._buffer and not self._advancing:  # what was sent on without waiting for the answer
+            self._advance()
 
     @staticmethod
     def _lose(later: Later, value: Any) -> None:
@@ -4924,12 +5206,16 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     ) -> None:
         self.settings, self._clock = settings, clock
         self._handlers = {route.handler: getattr(api, route.handler) for route in routes}
+        prepare = {route.prepare: getattr(api, route.prepare) for route in routes if route.prepare}
+        self.max_held, self._engine = settings.max_held, service.engine
+        self.usual_head = min(2048, settings.max_headers)  # bytes of a head whose plan is kept
         self.tls = tls_context(settings)
-        self._planner = Planner(settings, service.access, Router(routes))
+        self._planner = Planner(settings, service.access, Router(routes), prepare)
         self._known_plan = functools.lru_cache(1024)(self._planner.plan)
+        self._known_kind = functools.lru_cache(1024)(self._plan_of_kind)
         self.selector, self.timers, self._due = selectors.DefaultSelector(), Timers(), math.inf
         self.connections: set[Connection] = set()
-        self.held, self.polling, self.stopping = 0, 0, False
+        self.held, self.stopping = 0, False
         self.requests: dict[tuple[str, str, int], list[Any]] = {}
         self.now = clock.monotonic()
         self._second, self.date = 0, ""  # the Date header of this second
@@ -4959,6 +5245,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
         self._serving = threading.get_ident()
+        self._engine.lead()
         while not (self.stopping and not self.connections):
             # The clock of a test may run ahead of the selector's: look at the deadlines once a second at least.
             patience = None if self._due == math.inf else min(1.0, max(0.0, self._due - self.now))
@@ -4971,6 +5258,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 log.exception("serving_failed")
             while self._posted:
                 self._run(self._posted.popleft())
+            self._run(self._engine.commit)
             if self.now >= self._due:
                 while (timed := self.timers.pop_due(self.now)) is not None:
                     self._run(timed.expire, self.now)
@@ -4984,9 +5272,20 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         except Exception:  # whatever it was: the others are served
             log.exception("serving_failed")
 
-    def plan_of(self, block: bytes) -> Plan:
-        """The plan of a head; large ones are not kept, so that what is kept stays small."""
-        return self._known_plan(block) if len(block) <= 2048 else self._planner.plan(block)
+    def plan_of(self, block: bytes, peer: str) -> tuple[Plan, str | None, str | None]:
+        """The plan of a head, the job's id and lease token; of a large one it is not kept, so that little is kept."""
+        if len(block) > self.usual_head:
+            plan = self._planner.plan(block, peer)
+            return plan, plan.job_id, plan.token
+        own = _OWN.match(block)
+        if own:
+            with contextlib.suppress(JobQueueError):  # it is told below, of this very request
+                return self._known_kind(own[1], block[own.end() :], peer), own[2].decode(), own[3].decode()
+        plan = self._known_plan(block, peer)
+        return plan, plan.job_id, plan.token
+
+    def _plan_of_kind(self, start: bytes, end: bytes, peer: str) -> Plan:
+        return self._planner.plan(start + b"0?lease_token=0" + end, peer)
 
     def arm(self, timed: Connection | HTTPServer, when: float) -> None:
         """Have its `expire` called then, or earlier."""
@@ -5062,9 +5361,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.timers.cancel(connection)
 
     def hold(self, route: Route, change: int) -> None:
-        if route.scope == "worker":
-            self.polling += change
-        else:
+        """Count a client that waits; workers that do are not limited but by the connections."""
+        if route.scope != "worker":
             self.held += change
 
     # -- a request
@@ -5610,7 +5908,8 @@ class Server:
         """
         data = payload.encode() if isinstance(payload, str) else payload
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
-        return _result_future(self.service.submit(data, json_text(headers or {}), options, key, None))
+        terms = self.service.terms(json_text(headers or {}), options, key)
+        return _result_future(self.service.submit(data, terms, None))
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; JobQueueError when there is none, or it has come to its end."""

@@ -15,13 +15,13 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobqueue import Claim, Engine, Job, JobQueueError
+from jobqueue import Claim, Engine, Job, JobQueueError, Terms
 from support import FakeClock
 
 PATIENCE = 20
@@ -41,6 +41,19 @@ def refused(code: str, verb: Callable, *arguments: Any) -> JobQueueError:
             answer.result(PATIENCE)
     assert raised.value.code == code, raised.value.detail
     return raised.value
+
+
+def submission(fields: dict[str, Any]) -> tuple[Terms, bytes, str]:
+    """What the engine takes of a job's fields: its terms, the payload and its kind."""
+    terms = Terms(**{name: value for name, value in fields.items() if name not in ("payload", "kind")})
+    return terms, fields["payload"], fields["kind"]
+
+
+def batch(jobs: Iterable[dict[str, Any]]) -> tuple[Terms, list[tuple[bytes, str]]]:
+    """The same of many jobs with the same terms."""
+    jobs = [submission(fields) for fields in jobs]
+    assert len({terms for terms, _, _ in jobs}) == 1
+    return jobs[0][0], [(payload, kind) for _, payload, kind in jobs]
 
 
 class Queue:
@@ -70,13 +83,13 @@ class Queue:
 
     def hold(self, payload: Any = None, wait: float | None = None, tied: bool = False, **options: Any) -> Any:
         """A client that waits: the future of (job, replayed)."""
-        return self.engine.submit(self.fields(payload, **options), wait, tied)
+        return self.engine.submit(*submission(self.fields(payload, **options)), wait, tied)
 
     def submit(self, payload: Any = None, **options: Any) -> Job:
         return self.hold(payload, 0, **options).result(PATIENCE)[0]
 
     def submit_many(self, count: int, **options: Any) -> list[str]:
-        return self.engine.submit_many([self.fields(**options) for _ in range(count)]).result(PATIENCE)
+        return self.engine.submit_many(*batch(self.fields(**options) for _ in range(count))).result(PATIENCE)
 
     def view(self, job: Job | str) -> Job:
         return self.engine.view(job if isinstance(job, str) else job.id, 0).result(PATIENCE)
@@ -197,7 +210,7 @@ WAKE_SOURCES = {
     "submit": (lambda queue: None, lambda queue, _: queue.submit("woken")),
     "submit_many": (
         lambda queue: None,
-        lambda queue, _: queue.engine.submit_many([queue.fields("woken")]).result(PATIENCE),
+        lambda queue, _: queue.engine.submit_many(*batch([queue.fields("woken")])).result(PATIENCE),
     ),
     "delay over": (lambda queue: queue.submit("woken", delay=5), lambda queue, _: queue.clock.advance(5)),
     "fail without delay": (_with_job_in_hand(), lambda queue, job: queue.fail(job, delay=0)),
@@ -1357,7 +1370,7 @@ class EngineContract:
         assert waiters[0].result(PATIENCE) == []
         assert waiters[1].result(PATIENCE).next is None
         refused("draining", queue.hold)
-        refused("draining", queue.engine.submit_many, [queue.fields()])
+        refused("draining", queue.engine.submit_many, *batch([queue.fields()]))
         assert queue.nothing("other", "default")
         assert queue.wait_for("other", wait=50).result(PATIENCE) == []
         assert not drained.done()
@@ -1421,7 +1434,7 @@ class EngineContract:
         queue.submit(queue="b", delay=50)
         job = queue.bring_to("processing")
         refused("queue_full", functools.partial(queue.hold, wait=0))
-        refused("queue_full", queue.engine.submit_many, [queue.fields()])
+        refused("queue_full", queue.engine.submit_many, *batch([queue.fields()]))
         assert len(queue.jobs()) == 3
         queue.release(job)
         refused("queue_full", functools.partial(queue.hold, wait=0))
@@ -1431,7 +1444,7 @@ class EngineContract:
     def test_a_batch_that_does_not_fit_is_refused_whole(self, make_queue):
         queue = make_queue(max_jobs=5)
         queue.submit("x")
-        refused("queue_full", queue.engine.submit_many, [queue.fields() for _ in range(5)])
+        refused("queue_full", queue.engine.submit_many, *batch(queue.fields() for _ in range(5)))
         assert queue.payloads() == ["x"]
         assert queue.engine.stats()["pending"] == 1
         assert len(queue.submit_many(4)) == 4
@@ -1442,7 +1455,7 @@ class EngineContract:
         queue.submit(big)
         queue.submit(big)
         refused("queue_full", functools.partial(queue.hold, big, 0))
-        refused("queue_full", queue.engine.submit_many, [queue.fields(big)])
+        refused("queue_full", queue.engine.submit_many, *batch([queue.fields(big)]))
         queue.complete(queue.take(), big)
         queue.submit(big)
 
@@ -1460,7 +1473,7 @@ class EngineContract:
         queue.fail(queue.bring_to("processing", queue="r"), "text \u2028 \U0001f600", delay=90)
         queue.extend(queue.bring_to("processing", queue="x"), 77)
         raw = {**queue.fields(), "payload": b"\xff\x00\n", "kind": "binary"}
-        binary, _ = queue.engine.submit(raw, 0).result(PATIENCE)
+        binary, _ = queue.engine.submit(*submission(raw), 0).result(PATIENCE)
         before = [durable(job) for job in queue.jobs()]
         queue.restart(how)
         assert [durable(job) for job in queue.jobs()] == before

@@ -35,7 +35,7 @@ from local_engine import (
 )
 
 import jobqueue
-from engine_contract import LEASE, PATIENCE, STATES, Queue, durable, refused
+from engine_contract import LEASE, PATIENCE, STATES, Queue, batch, durable, refused, submission
 from jobqueue import Claim, DataError, Job, JobQueueError, JournalReader
 from support import LONG, FakeClock, wait_until
 
@@ -68,7 +68,7 @@ def work(queue: Queue, rounds: int) -> None:
     """A bit of everything, the answers waited for, so that what is synced rises from line to line."""
     for number in range(rounds):
         queue.submit(number, key=str(number))
-        queue.engine.submit({**queue.fields(), "payload": bytes([number, 255, 10]), "kind": "binary"}, 0)
+        queue.engine.submit(*submission({**queue.fields(), "payload": bytes([number, 255, 10]), "kind": "binary"}), 0)
         job = queue.take()
         if number % 3 == 0:
             queue.extend(job)
@@ -722,7 +722,7 @@ def test_a_compaction_leaves_the_content_as_it_was(make_queue):
     queue = make_queue(compact_bytes=30_000, fsync="never", keep_jobs=100)
     for state in STATES:
         queue.bring_to(state, queue=state, key=state)
-    queue.engine.submit({**queue.fields(), "payload": b"\xff\x00\n", "kind": "binary"}, 0).result(PATIENCE)
+    queue.engine.submit(*submission({**queue.fields(), "payload": b"\xff\x00\n", "kind": "binary"}), 0).result(PATIENCE)
     queue.pause("paused")
     kept = {job.id: durable(job) for job in queue.jobs()}
     churn(queue, lambda: compactions(queue) >= 3)
@@ -805,7 +805,7 @@ def test_a_journal_that_is_all_alive_is_not_compacted_again_and_again(make_queue
     """However much longer the payloads are in the file than in memory."""
     queue = make_queue(compact_bytes=20_000, fsync="never")
     for _ in range(60):
-        queue.engine.submit({**queue.fields(), "payload": payload, "kind": kind}, 0)
+        queue.engine.submit(*submission({**queue.fields(), "payload": payload, "kind": kind}), 0)
     for _ in range(40):
         queue.release(queue.take())
         wait_for_compaction()
@@ -863,7 +863,7 @@ def test_a_batch_that_is_submitted_while_polls_wait_and_a_compaction_is_due_is_w
 def test_a_kill_at_any_moment_of_a_compaction_finds_everything(make_queue, clock, tmp_path):
     queue = make_queue(compact_bytes=1 << 30, fsync="never", keep_jobs=0)
     payload = '"' + "x" * 300 + '"'
-    queue.engine.submit_many([queue.fields(payload, queue="stays") for _ in range(1_000)]).result(PATIENCE)
+    queue.engine.submit_many(*batch(queue.fields(payload, queue="stays") for _ in range(1_000))).result(PATIENCE)
     expected = sorted(job.id for job in queue.jobs(limit=10_000))
     for _ in range(3_000):
         queue.engine.give_back(queue.engine.poll(Claim(("stays",))).result(PATIENCE))
@@ -892,9 +892,9 @@ def crash(folder: Path) -> Path:
 def test_verbs_go_on_while_a_compaction_runs_and_it_needs_no_memory_for_the_content(make_queue):
     queue = make_queue(compact_bytes=1 << 30, fsync="never", keep_jobs=0)
     payload = '"' + "x" * 20_000 + '"'
-    queue.engine.submit_many([queue.fields(payload, queue="stays") for _ in range(800)]).result(PATIENCE)
+    queue.engine.submit_many(*batch(queue.fields(payload, queue="stays") for _ in range(800))).result(PATIENCE)
     for _ in range(2):
-        queue.engine.submit_many([queue.fields(payload, queue="goes") for _ in range(1_000)]).result(PATIENCE)
+        queue.engine.submit_many(*batch(queue.fields(payload, queue="goes") for _ in range(1_000))).result(PATIENCE)
         for job in queue.wait_for("goes", max=1_000, wait=0).result(PATIENCE):
             queue.engine.cancel(job.id)
     tracemalloc.start()
@@ -917,7 +917,7 @@ def test_a_stop_during_a_compaction_leaves_nothing_behind_and_loses_nothing(make
     queue = make_queue(compact_bytes=1 << 30, fsync="never", keep_jobs=0)
     payload = '"' + "x" * 2_000 + '"'
     for count in (3_000, 5_000):
-        queue.engine.submit_many([queue.fields(payload, queue=str(count)) for _ in range(count)]).result(PATIENCE)
+        queue.engine.submit_many(*batch(queue.fields(payload, queue=str(count)) for _ in range(count))).result(PATIENCE)
     for job in queue.jobs(queue="5000", limit=5_000):
         queue.engine.cancel(job.id)
     ids = sorted(job.id for job in queue.jobs(limit=10_000))
@@ -971,7 +971,7 @@ def waits(queue: Queue) -> dict[str, Callable[[], Any]]:
     failed = queue.bring_to("failed", queue="failed")
     return {
         "a submit": lambda: queue.hold(wait=0),
-        "a batch": lambda: engine.submit_many([queue.fields(), queue.fields()]),
+        "a batch": lambda: engine.submit_many(*batch([queue.fields(), queue.fields()])),
         "a completion": lambda: engine.complete(jobs[0].id, jobs[0].token, b"1", "json", None, None),
         "a completion with the next": lambda: engine.complete(jobs[1].id, jobs[1].token, b"1", "json", None, Claim()),
         "completions": lambda: engine.complete_many([(jobs[2].id, jobs[2].token, b"1", "json")]),

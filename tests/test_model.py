@@ -28,6 +28,7 @@ from hypothesis import HealthCheck
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 import jobqueue
+from engine_contract import batch, submission
 from jobqueue import Claim, JobQueueError
 
 # Hypothesis shrinks a failure best, and takes four times as long for a step as the engine and the model together.
@@ -532,7 +533,7 @@ class EngineMachine(RuleBasedStateMachine):
                 raise Refused("key_reused")
             return known
 
-        future, known = self.both(lambda: FutureOf(self.engine.submit(given, wait, tied)), expected)
+        future, known = self.both(lambda: FutureOf(self.engine.submit(*submission(given), wait, tied)), expected)
         if future is not None:
             self.accepted(given, future.future, known, wait, tied)
         self.check()
@@ -555,12 +556,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     @step(3, options=SUBMITS, count=[1, 2, 3, 4, 5])
     def submit_many(self, options: dict[str, Any], count: int) -> None:
-        batch = [self.fields(options) for _ in range(count)]
-        ids, _ = self.both(lambda: self.engine.submit_many(batch), lambda: self.room(count))
+        fields = [self.fields(options) for _ in range(count)]
+        ids, _ = self.both(lambda: self.engine.submit_many(*batch(fields)), lambda: self.room(count))
         if ids is not None:
             jobs, _ = self.engine.jobs(None, None, count, None)
             assert [job.id for job in reversed(jobs)] == ids
-            for given, job in zip(batch, reversed(jobs), strict=True):
+            for given, job in zip(fields, reversed(jobs), strict=True):
                 self.new_job(given, job)
         self.check()
 

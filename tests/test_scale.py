@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from local_engine import open_engine  # noqa: E402
 
 import jobqueue  # noqa: E402
-from engine_contract import Queue  # noqa: E402
+from engine_contract import Queue, submission  # noqa: E402
 
 FEW, MANY = 5_000, 200_000
 QUEUES = [f"queue-{number}" for number in range(20)]
@@ -33,18 +33,15 @@ SAMPLES = 1_000
 def fill(queue: Queue, count: int) -> None:
     """Jobs in mixed queues, with mixed priorities, delays and ttls; a part of them in workers' hands, and finished."""
     chance = random.Random(count)
-    for start in range(0, count, 5_000):
-        batch = [
-            queue.fields(
-                queue=chance.choice(QUEUES),
-                priority=chance.randrange(10),
-                delay=chance.choice([0.0, 0.0, 0.0, chance.uniform(1_000, 100_000)]),
-                ttl=chance.choice([None, None, chance.uniform(100_000, 1_000_000)]),
-                key=str(number) if number % 10 == 0 else None,
-            )
-            for number in range(start, min(start + 5_000, count))
-        ]
-        queue.engine.submit_many(batch).result(60)
+    for number in range(count):
+        fields = queue.fields(
+            queue=chance.choice(QUEUES),
+            priority=chance.randrange(10),
+            delay=chance.choice([0.0, 0.0, 0.0, chance.uniform(1_000, 100_000)]),
+            ttl=chance.choice([None, None, chance.uniform(100_000, 1_000_000)]),
+            key=str(number) if number % 10 == 0 else None,
+        )
+        queue.engine.submit(*submission(fields), 0)
     for name in QUEUES:
         for job in queue.wait_for(name, wait=0, max=count // 400).result(60):
             queue.complete(job) if job.number % 2 else None

@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
 from local_engine import crash_copy, journal_of, open_engine  # noqa: E402
 
 import jobqueue  # noqa: E402
-from engine_contract import Queue  # noqa: E402
+from engine_contract import Queue, batch, submission  # noqa: E402
 from support import FakeClock, wait_until  # noqa: E402
 
 HEADERS = '{"Content-Type":"text/x-golden","X-Trace-Id":"é"}'
@@ -41,7 +41,7 @@ def no_chance() -> None:
 
 def put(to: Queue, payload: bytes, headers: str = HEADERS, **options: object) -> jobqueue.Job:
     fields = {**to.fields(**options), "payload": payload, "kind": jobqueue.kind_of(payload), "headers": headers}
-    return to.engine.submit(fields, 0).result(10)[0]
+    return to.engine.submit(*submission(fields), 0).result(10)[0]
 
 
 def take(queue: Queue, payload: bytes, **claim: object) -> jobqueue.Job:
@@ -113,11 +113,11 @@ def after_the_crash(queue: Queue) -> None:
     queue.resume()
     queue.pause("paused")
     put(queue, b'"pending"', priority=9, key="a key")
-    batch = [
+    jobs = [
         {**queue.fields(queue="batch", priority=5), "payload": payload, "headers": HEADERS}
         for payload in (b'"batch 1"', b'"batch 2"')
     ]
-    queue.engine.submit_many(batch).result(10)
+    queue.engine.submit_many(*batch(jobs)).result(10)
 
 
 def main(target: Path) -> None:
