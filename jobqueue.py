@@ -676,6 +676,10 @@ class Future:
             self._state = _CLAIMED
             return True
 
+    def unclaim(self) -> None:
+        """Give that right back."""
+        self._state = _PENDING
+
     def cancel(self) -> bool:
         """The caller no longer waits; False when the answer is on its way or there."""
         left = self._end(_CANCELLED, None, _PENDING)
@@ -1624,14 +1628,15 @@ class _Order:
 
 
 def _verb(method: Callable) -> Callable:
-    """A verb takes the lock once. Before it, what the clock has brought is settled; after it, what it made pending is
-    handed to the polls that wait, and when the lock is free, who gets an answer gets it."""
+    """A verb takes the lock once, and happens at one moment. Before it, what the clock has brought is settled; after
+    it, what it made pending is handed to the polls that wait, and when the lock is free, who gets an answer gets it."""
 
     @functools.wraps(method)
     def call(self: LocalEngine, *args: Any) -> Any:
         try:
             with self._lock:
-                if self._clock.monotonic() >= self._alarm:
+                self._now, self._wall = self._clock.monotonic(), int(self._clock.time() * 1_000_000)
+                if self._now >= self._alarm:
                     self._settle_due()
                 if self._closed:
                     raise JobQueueError("draining", "the server has stopped")
@@ -1704,6 +1709,7 @@ class LocalEngine(Engine):
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
         self._totals = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self._waits = Histogram()  # from submit to the first hand-over
+        self._now, self._wall = 0.0, 0  # the moment of the verb: monotonic, and microseconds since 1970
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
         self._timer_thread = threading.Thread(target=self._time_forever, name="jobqueue-timer", daemon=True)
@@ -1774,7 +1780,7 @@ class LocalEngine(Engine):
 
     def _rebuild(self) -> None:
         """Lines, timers and counts from the jobs, oldest first. The clock may have been set while nobody looked."""
-        wall, now = microseconds(self._clock.time()), self._clock.monotonic()
+        self._now, self._wall = self._clock.monotonic(), microseconds(self._clock.time())
         finished = []
         lines: dict[tuple[str, int], list[Job]] = collections.defaultdict(list)
         jobs, self._jobs = sorted(self._jobs.values()), {}
@@ -1787,15 +1793,15 @@ class LocalEngine(Engine):
                 lines[job.queue, job.priority].append(job)
             else:
                 self._weigh(job, 1)
-                self._enter(job, now, wall)
+                self._enter(job, self._wall)
         self._order.numbers.extend(job.number for job in jobs)
         self._order.ids.extend(job.id for job in jobs)
         for (queue, priority), line in lines.items():
             self._enter_line(self._lane(queue), priority, line)
         for job in sorted(finished, key=lambda job: job.finished):
             self._weigh(job, 1)
-            self._enter(job, now, wall)
-        self._forget_old(now)
+            self._enter(job, self._wall)
+        self._forget_old()
         self._set_alarm()
 
     def _enter_line(self, lane: _Lane, priority: int, line: list[Job]) -> None:
@@ -1820,31 +1826,30 @@ class LocalEngine(Engine):
 
     @_verb
     def submit(self, terms: Terms, payload: bytes, kind: str, wait: float | None, tied: bool = False) -> Future:
-        replayed = terms.key is not None and terms.key in self._keys
-        if replayed:
+        if terms.key is not None and terms.key in self._keys:
             job = self._jobs[self._keys[terms.key]]
             if (job.payload, job.queue) != (payload, terms.queue):
                 raise JobQueueError("key_reused", "this Idempotency-Key was used for another payload or queue", job.id)
+            return self._watch(job, wait, lambda job: (job, True), tied)
+        self._check_room(1, len(payload))
+        job = self._new_job(terms, payload, kind, self._last_number + 1)
+        record = '{"op":"submit",' + submit_text(job, terms)[1:]
+        poll = self._poll_for(job)
+        if poll is None:
+            job = self._accept(job.recorded(self.journal.append(record)))
         else:
-            self._check_room(1, len(payload))
-            job = self._new_job(terms, payload, kind, self._wall(), self._last_number + 1)
-            seq = self.journal.append('{"op":"submit",' + submit_text(job, terms)[1:])
-            job = self._accept(job, seq)
-        future = self._watch(job, wait, lambda job: (job, replayed))
-        if tied:
-            future.add_done_callback(lambda future: future.cancelled() and self._untie(job.id))
-        return future
+            job = self._hand_over(job, record, poll)
+        return self._watch(job, wait, lambda job: (job, False), tied)
 
     @_verb
     def submit_many(self, terms: Terms, batch: list[tuple[bytes, str]]) -> Future:
         self._check_room(len(batch), sum(len(payload) for payload, _ in batch))
-        wall = self._wall()
         numbered = enumerate(batch, self._last_number + 1)
-        jobs = [self._new_job(terms, payload, kind, wall, number) for number, (payload, kind) in numbered]
+        jobs = [self._new_job(terms, payload, kind, number) for number, (payload, kind) in numbered]
         bodies = ",".join([submit_text(job, terms) for job in jobs])
         seq = self.journal.append(f'{{"op":"batch","jobs":[{bodies}]}}')
         for job in jobs:
-            self._accept(job, seq)
+            self._accept(job.recorded(seq))
         return self._promise([job.id for job in jobs], seq)
 
     @_verb
@@ -1867,7 +1872,7 @@ class LocalEngine(Engine):
         job = self._find(job_id)
         if job.state == "cancelled":
             raise JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id)
-        job = self._change(job, "cancel", urgent=True, finished=self._wall())
+        job = self._change(job, "cancel", urgent=True, finished=self._wall)
         return self._promise(job, job.record, job_id)
 
     # -- workers
@@ -1899,7 +1904,7 @@ class LocalEngine(Engine):
         if duplicate:
             jobs, seq = self._take_if_possible(claim), job.record
         else:
-            end = (token and job.token, self._wall(), result, kind, content_type)
+            end = (token and job.token, self._wall, result, kind, content_type)
             late = job.state == "pending"  # it stands in line itself until that is written
             jobs, seq = self._take(None if late else claim, complete_record(job, *end))
             job = self._move(job, job.completed(*end, seq))
@@ -1915,7 +1920,7 @@ class LocalEngine(Engine):
     def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
         outcomes: list[Outcome | JobQueueError] = []
         batch: dict[str, tuple] = {}  # what is written with one write: place in `outcomes`, job, its end
-        wall = self._wall()
+        wall = self._wall
         for job_id, token, result, kind in results:
             if job_id in batch:  # once more the same: it must see what became of the first
                 self._complete_batch(batch, outcomes)
@@ -1943,10 +1948,10 @@ class LocalEngine(Engine):
             self._totals["retries_total"] += 1
             delay = retry_delay(failures) if delay is None else delay
             if delay:
-                changes |= {"delay": delay, "available": self._wall() + microseconds(delay)}
+                changes |= {"delay": delay, "available": self._wall + microseconds(delay)}
             job = self._change(job, "retry" if delay else "retry_now", urgent=True, **changes)
         else:
-            job = self._change(job, "fail", urgent=True, **changes, finished=self._wall())
+            job = self._change(job, "fail", urgent=True, **changes, finished=self._wall)
         return self._promise(Outcome(job), job.record, job_id)
 
     @_verb
@@ -1964,7 +1969,7 @@ class LocalEngine(Engine):
         check_lease(job, token, "extend")
         # Extending a lease that has run out takes that back: it was no failed attempt.
         changes = {"failures": job.failures - 1} if job.settled == "lapse" else {}
-        changes |= {"settled": None, "lease_seconds": lease or job.lease_seconds, "extended": self._wall()}
+        changes |= {"settled": None, "lease_seconds": lease or job.lease_seconds, "extended": self._wall}
         return Outcome(self._change(job, "extend", urgent=True, **changes))
 
     # -- administration
@@ -2018,11 +2023,10 @@ class LocalEngine(Engine):
 
     @_verb
     def stats(self) -> dict[str, Any]:
-        wall = self._wall()
         queues = {}
         for lane in self._lanes.values():
             oldest = self._oldest(lane)
-            age = None if oldest is None else max(0.0, (wall - oldest.created) / 1e6)
+            age = None if oldest is None else max(0.0, (self._wall - oldest.created) / 1e6)
             queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused, "oldest_pending_seconds": age}
         waiting = {f"waiting_{who}": self._waiting_now(who) for who in self._waiting}
         return {
@@ -2100,7 +2104,7 @@ class LocalEngine(Engine):
         job = self._jobs.get(job_id)
         watched = any(watcher.future and not watcher.future.done() for watcher in self._watchers.get(job_id, ()))
         if job and job.state not in FINAL and not watched:
-            self._change(job, "cancel", urgent=True, finished=self._wall())
+            self._change(job, "cancel", urgent=True, finished=self._wall)
 
     # -- the lock is held: changing a job
 
@@ -2109,9 +2113,6 @@ class LocalEngine(Engine):
         if job is None:
             raise JobQueueError("job_not_found", f"there is no job {job_id}", job_id)
         return job
-
-    def _wall(self) -> int:
-        return int(self._clock.time() * 1_000_000)
 
     def _check_room(self, count: int, size: int) -> None:
         if self._drained is not None:
@@ -2125,7 +2126,8 @@ class LocalEngine(Engine):
                 f"the jobs hold {self._unfinished_bytes} bytes; at most {self._settings.max_bytes} may be held",
             )
 
-    def _new_job(self, terms: Terms, payload: bytes, kind: str, wall: int, number: int) -> Job:
+    def _new_job(self, terms: Terms, payload: bytes, kind: str, number: int) -> Job:
+        wall = self._wall
         queue, priority, headers, attempts, lease, ttl, delay, key = terms
         job_id = _uuid(next(self._random) + next(self._random))
         job = Job(number, job_id, queue, priority, wall, payload, kind, headers, attempts, lease, ttl, key)
@@ -2133,17 +2135,47 @@ class LocalEngine(Engine):
             job = job.changed(state="delayed", delay=delay, available=wall + microseconds(delay))
         return job if ttl is None else job.changed(expires=wall + microseconds(ttl))
 
-    def _accept(self, job: Job, seq: int) -> Job:
+    def _accept(self, job: Job) -> Job:
         """Its record is written."""
-        job = job.recorded(seq)
         self._last_number = job.number
         self._totals["jobs_submitted_total"] += 1
         self._order.add(job.number, job.id)
         if job.key is not None:
             self._keys[job.key] = job.id
         self._weigh(job, 1)
-        self._enter(job, self._clock.monotonic(), job.created)
+        self._enter(job, job.created)
         return job
+
+    def _poll_for(self, job: Job) -> _Waiter | None:
+        """The poll that gets a new job at once, since it waits for just this; its future is claimed."""
+        lane = self._lanes.get(job.queue)
+        if lane is None or not lane.waiters or lane.counts["pending"]:
+            return None
+        if job.state != "pending" or not self._is_open(lane):
+            return None
+        while lane.waiters:
+            waiter = next(iter(lane.waiters))
+            if waiter.future.claim():
+                return waiter
+            self._drop_poll(waiter)  # it has hung up
+        return None
+
+    def _hand_over(self, job: Job, record: str, poll: _Waiter) -> Job:
+        """Accept a new job and lease it to this poll, with one write."""
+        lease = self._new_lease(job, poll.claim)
+        try:
+            seq = self.journal.append(record, lease_record(job, *lease))
+        except JobQueueError:
+            poll.future.unclaim()
+            raise
+        job = self._accept(job.leased(*lease, seq))
+        self._waits.observe(0.0)
+        self._answer_poll(poll, [job])
+        return job
+
+    def _new_lease(self, job: Job, claim: Claim) -> tuple[str, float, str, int]:
+        """Token, seconds, worker, moment."""
+        return next(self._random), claim.lease or job.lease or self._settings.lease, claim.worker, self._wall
 
     def _change(self, job: Job, verb: str, urgent: bool = False, wall: int | None = None, **changes: Any) -> Job:
         """Write the record, then move the job: what the disk refused did not happen. `wall`: see _enter."""
@@ -2157,7 +2189,7 @@ class LocalEngine(Engine):
         if new.state in FINAL or job.state in FINAL:
             self._weigh(job, -1)
             self._weigh(new, 1)
-        self._enter(new, self._clock.monotonic(), wall)
+        self._enter(new, wall)
         return new
 
     def _round_off(self) -> None:
@@ -2189,17 +2221,17 @@ class LocalEngine(Engine):
             self._unfinished += sign
             self._unfinished_bytes += sign * job.size
 
-    def _enter(self, job: Job, now: float, wall: int | None) -> None:
+    def _enter(self, job: Job, wall: int | None) -> None:
         """Put the job where its state belongs. `wall`: its times are new, or restored, and on the wall clock."""
         self._jobs[job.id] = job
         lane = self._lanes.get(job.queue) or self._lane(job.queue)
         lane.counts[job.state] += 1
         if job.state in FINAL:
-            self._finish_job(job, now, wall)
+            self._finish_job(job, wall)
             return
         if job.ttl is not None:
             if wall is not None:
-                self._ttl_ends[job.id] = now + _remaining(job.expires, job.ttl, wall)
+                self._ttl_ends[job.id] = self._now + _remaining(job.expires, job.ttl, wall)
             if job.state != "processing":
                 self._arm(self._ttls, job.id, self._ttl_ends[job.id])
         if job.state == "pending":
@@ -2207,29 +2239,30 @@ class LocalEngine(Engine):
             if lane.waiters:
                 self._due.append(lane)
         elif job.state == "delayed":
-            self._arm(self._delays, job.id, now + (_remaining(job.available, job.delay, wall) if wall else job.delay))
+            left = _remaining(job.available, job.delay, wall) if wall else job.delay
+            self._arm(self._delays, job.id, self._now + left)
         else:
-            self._arm(self._leases, job.id, now + job.lease_seconds)
+            self._arm(self._leases, job.id, self._now + job.lease_seconds)
 
-    def _finish_job(self, job: Job, now: float, wall: int | None) -> None:
+    def _finish_job(self, job: Job, wall: int | None) -> None:
         if job.ttl is not None:
             self._ttls.cancel(job.id)
             self._ttl_ends.pop(job.id, None)
         failed = job.state == "failed"
         keep = self._settings.keep_failed if failed else self._settings.keep_completed
         left = _remaining(job.finished + microseconds(keep), keep, wall) if wall else keep
-        self._kept[failed][job.id] = now + left
-        self._forget_at = min(self._forget_at, now + left)
-        self._wake_by(now + left)
+        self._kept[failed][job.id] = self._now + left
+        self._forget_at = min(self._forget_at, self._now + left)
+        self._wake_by(self._now + left)
         if wall:
             return
         self._totals[_ENDED[job.state]] += 1
         for watcher in self._watchers.pop(job.id, ()):
             self._answer_watcher(watcher, watcher.answer(job), job.record)
-        self._forget_old(now)
+        self._forget_old()
 
     def _requeue(self, job: Job) -> Job:
-        wall = self._wall()
+        wall = self._wall
         fresh = {"failures": 0, "settled": "requeue", "error": None, "finished": None}
         if job.ttl is not None:
             fresh["expires"] = wall + microseconds(job.ttl)
@@ -2258,9 +2291,9 @@ class LocalEngine(Engine):
                 outcomes[place] = Outcome(self._move(job, job.completed(*end, seq)))
         batch.clear()
 
-    def _forget_old(self, now: float) -> None:
+    def _forget_old(self) -> None:
         """Drop finished jobs that are past their time, or too many, or too large together; the oldest first."""
-        kept, settings = self._kept, self._settings
+        kept, settings, now = self._kept, self._settings, self._now
         if now >= self._forget_at:
             for jobs in kept.values():
                 while jobs and next(iter(jobs.values())) <= now:
@@ -2328,7 +2361,7 @@ class LocalEngine(Engine):
         while heap:
             job = self._jobs.get(heap[0][1])
             alive = job is not None and job.state == "pending"
-            if alive and (job.ttl is None or self._ttl_ends[job.id] > self._clock.monotonic()):
+            if alive and (job.ttl is None or self._ttl_ends[job.id] > self._now):
                 return job
             heapq.heappop(heap)
         return None
@@ -2336,9 +2369,13 @@ class LocalEngine(Engine):
     def _oldest(self, lane: _Lane) -> Job | None:
         return min(filter(None, map(self._top, lane.heaps.values())), default=None)
 
+    def _is_open(self, lane: _Lane) -> bool:
+        """May jobs be handed out?"""
+        return not (lane.paused or self._all_paused or self._drained is not None)
+
     def _first(self, lane: _Lane | None) -> Job | None:
         """The job that is handed out next; None also while nothing may be handed out."""
-        if lane is None or not lane.counts["pending"] or lane.paused or self._all_paused or self._drained is not None:
+        if lane is None or not lane.counts["pending"] or not self._is_open(lane):
             return None
         for priority in lane.priorities:
             job = self._top(lane.heaps[priority])
@@ -2366,8 +2403,7 @@ class LocalEngine(Engine):
         chosen = self._choose(claim)
         if not chosen:
             return chosen, self.journal.append(*before, urgent=True) if before else 0
-        wall, default = self._wall(), self._settings.lease
-        leases = [(next(self._random), claim.lease or job.lease or default, claim.worker, wall) for job in chosen]
+        leases = [self._new_lease(job, claim) for job in chosen]
         try:
             records = [lease_record(job, *lease) for job, lease in zip(chosen, leases, strict=True)]
             last = self.journal.append(*before, *records, urgent=True)
@@ -2402,7 +2438,7 @@ class LocalEngine(Engine):
         self._count_in("workers", future)
         for queue in claim.queues:
             self._lane(queue).waiters[waiter] = None
-        self._arm(self._polls, waiter, self._clock.monotonic() + claim.wait)
+        self._arm(self._polls, waiter, self._now + claim.wait)
         return future
 
     def _offer(self, lane: _Lane) -> None:
@@ -2451,7 +2487,7 @@ class LocalEngine(Engine):
             future.set_result(value)  # nobody has it yet, so this calls nobody
         return future
 
-    def _watch(self, job: Job, wait: float | None, answer: Callable[[Job], Any]) -> Future:
+    def _watch(self, job: Job, wait: float | None, answer: Callable[[Job], Any], tied: bool = False) -> Future:
         """A future of the job: final, or as it stands when the wait is over."""
         if job.state in FINAL or wait == 0:
             return self._promise(answer(job), job.record, job.id)
@@ -2460,8 +2496,10 @@ class LocalEngine(Engine):
         watcher = _Waiter(future, answer, job_id=job.id)
         self._watchers.setdefault(job.id, []).append(watcher)
         self._count_in("clients", future)
+        if tied:
+            future.add_done_callback(lambda future: future.cancelled() and self._untie(job.id))
         if wait is not None:
-            self._arm(self._holds, watcher, self._clock.monotonic() + wait)
+            self._arm(self._holds, watcher, self._now + wait)
         return future
 
     def _answer_watcher(self, watcher: _Waiter, value: Any, seq: int) -> None:
@@ -2503,7 +2541,7 @@ class LocalEngine(Engine):
         seen = self._workers.get(claim.worker)
         if seen is None:
             seen = self._workers[claim.worker] = {"completed": 0, "failed": 0}
-        seen["queues"], seen["last_seen"] = claim.queues, self._wall()
+        seen["queues"], seen["last_seen"] = claim.queues, self._wall
         self._workers.move_to_end(claim.worker)
         if len(self._workers) > 1000:
             self._workers.popitem(last=False)
@@ -2530,7 +2568,7 @@ class LocalEngine(Engine):
 
     def _settle_due(self) -> None:
         """What the clock has brought, kind by kind; a full disk is tried again a second later."""
-        now = self._clock.monotonic()
+        now = self._now
         for timers, settle in self._verbs_at_due:
             for _ in range(self.SWEEP):
                 key = timers.pop_due(now)
@@ -2543,7 +2581,7 @@ class LocalEngine(Engine):
                         log.error("not_settled reason=%s", error)
                     timers.set(key, now + 1)
                     break
-        self._forget_old(now)
+        self._forget_old()
         self._set_alarm()
         self._round_off()
 
@@ -2556,14 +2594,14 @@ class LocalEngine(Engine):
         lost = {"failures": job.failures + 1, "settled": "lapse"}
         if job.failures + 1 >= job.attempts:
             error = f"the lease of {job.lease_seconds:g} s ran out on attempt {job.failures + 1}"
-            self._change(job, "fail", urgent=True, **lost, error=error, finished=self._wall())
+            self._change(job, "fail", urgent=True, **lost, error=error, finished=self._wall)
         else:
             self._change(job, "lapse", urgent=True, **lost)
 
     def _ttl_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
         if job.state != "processing":  # a worker that has it may still complete it
-            self._change(job, "expire", urgent=True, finished=self._wall())
+            self._change(job, "expire", urgent=True, finished=self._wall)
 
     def _poll_over(self, waiter: _Waiter) -> None:
         if waiter.future.claim():
@@ -2602,7 +2640,7 @@ class LocalEngine(Engine):
         if self._compacting or self._closed:
             return
         alive = self._inflation * (self._unfinished_bytes + self._finished_bytes)
-        if size < 2 * alive or self._clock.monotonic() < self._compact_again:
+        if size < 2 * alive or self._now < self._compact_again:
             return
         count, bodies = self._snapshot()
         self._alive_then = self._unfinished_bytes + self._finished_bytes
@@ -5279,8 +5317,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             return plan, plan.job_id, plan.token
         own = _OWN.match(block)
         if own:
-            with contextlib.suppress(JobQueueError):  # it is told below, of this very request
+            try:
                 return self._known_kind(own[1], block[own.end() :], peer), own[2].decode(), own[3].decode()
+            except JobQueueError:
+                pass  # it is raised below, about this very request
         plan = self._known_plan(block, peer)
         return plan, plan.job_id, plan.token
 
