@@ -650,68 +650,75 @@ def pack_job(job: Job) -> dict[str, Any]:
 
 # == Futures and timers ================================================================================================
 
-_PENDING, _CLAIMED, _DONE, _CANCELLED = range(4)
+_PENDING, _DONE, _CANCELLED = range(3)
 
 
 class Future:
     """An answer to come, with the methods of concurrent.futures.Future in a tenth of its memory and time.
 
     Beside them, `claim`: whoever wants to answer takes the right to do so first, so that an answer, the end of a
-    wait and a caller who hangs up never settle it twice. A caller leaves by `cancel`, which takes no other lock.
+    wait and a caller who hangs up never settle it twice. There is no lock: the right is the one entry of a list, which
+    only one thread can pop, and so are the callbacks.
     """
 
-    __slots__ = ("_state", "_value", "_callbacks", "job_id", "left")
-    _lock = threading.Lock()  # one for all futures: it is held for a few instructions at a time
+    __slots__ = ("_state", "_value", "_right", "_callbacks", "job_id", "left")
 
     def __init__(self) -> None:
-        self._state, self._value, self._callbacks = _PENDING, None, ()
+        self._state, self._value = _PENDING, None
+        self._right, self._callbacks = [None], []
         self.job_id: str | None = None  # of the job that this is about, where it is one
         self.left: list[None] | None = None  # gets an entry when the caller leaves
-
-    def claim(self) -> bool:
-        """Take the right to answer; False when it is claimed, answered or cancelled."""
-        with self._lock:
-            if self._state != _PENDING:
-                return False
-            self._state = _CLAIMED
-            return True
-
-    def unclaim(self) -> None:
-        """Give that right back."""
-        self._state = _PENDING
-
-    def cancel(self) -> bool:
-        """The caller no longer waits; False when the answer is on its way or there."""
-        left = self._end(_CANCELLED, None, _PENDING)
-        if left and self.left is not None:
-            self.left.append(None)
-        return left
-
-    def set_result(self, value: Any) -> None:
-        """Answer; an exception as the value is raised to the caller. No effect when it has ended."""
-        self._end(_DONE, value, _CLAIMED)
-
-    set_exception = set_result
 
     @classmethod
     def of(cls, value: Any) -> Future:
         """One that is answered already."""
         future = cls()
+        future.claim()
         future._state, future._value = _DONE, value
         return future
 
-    def _end(self, state: int, value: Any, latest: int) -> bool:
-        with self._lock:
-            if self._state > latest:
-                return False
-            self._state, self._value = state, value
-            callbacks, self._callbacks = self._callbacks, ()
-        for callback in callbacks:
-            callback(self)
+    def claim(self) -> bool:
+        """Take the right to answer; False when it is claimed, answered or cancelled."""
+        try:
+            self._right.pop()
+        except IndexError:
+            return False
         return True
 
+    def unclaim(self) -> None:
+        """Give that right back."""
+        self._right.append(None)
+
+    def cancel(self) -> bool:
+        """The caller no longer waits; False when the answer is on its way or there."""
+        if not self.claim():
+            return False
+        if self.left is not None:
+            self.left.append(None)
+        self._state = _CANCELLED
+        self._call_back()
+        return True
+
+    def set_result(self, value: Any) -> None:
+        """Answer, having claimed it; an exception as the value is raised to the caller. The first answer counts."""
+        if self._state == _PENDING:
+            self._value = value
+            self._state = _DONE
+            if self._callbacks:
+                self._call_back()
+
+    set_exception = set_result
+
+    def _call_back(self) -> None:
+        while self._callbacks:
+            try:
+                callback = self._callbacks.pop()
+            except IndexError:  # another thread was faster: each is called once
+                return
+            callback(self)
+
     def done(self) -> bool:
-        return self._state >= _DONE
+        return self._state != _PENDING
 
     @property
     def outcome(self) -> Any:
@@ -723,14 +730,12 @@ class Future:
 
     def add_done_callback(self, callback: Callable[[Future], None]) -> None:
         """Call `callback(self)` once it has ended: now, or from the thread that ends it."""
-        with self._lock:
-            if self._state < _DONE:
-                self._callbacks += (callback,)
-                return
-        callback(self)
+        self._callbacks.append(callback)
+        if self._state != _PENDING:
+            self._call_back()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        if self._state < _DONE:
+        if self._state == _PENDING:
             ended = threading.Event()
             self.add_done_callback(lambda _: ended.set())
             if not ended.wait(timeout):
@@ -982,14 +987,19 @@ class Journal:
     """The file of a data folder: read it, append to it, wait for the disk, compact it, close it.
 
     `fsync` is `always`, `interval` or `never`. `failed` is called once, from a thread of the journal's, when the disk
-    cannot be trusted any more. Append and settle are called under the engine's lock, so their order is its order.
+    cannot be trusted any more. Append and settle are called under `lock`, the engine's, so their order is its order.
     """
 
     VERSION = 1
     IDLE = 0.2  # seconds without work after which the watermark itself is written, so that a later flip is found
 
     def __init__(
-        self, folder: str, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None
+        self,
+        folder: str,
+        settings: Settings,
+        clock: Clock,
+        lock: contextlib.AbstractContextManager,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.path = folder, os.path.join(folder, "journal.jsonl")
         self._settings, self._clock, self._on_failure = settings, clock, failed
@@ -999,7 +1009,7 @@ class Journal:
         self._commits, self._syncs = Histogram(), Histogram()
         self._since = 0.0  # when the first of those that wait began to
         self._file = -1
-        self._tail = threading.Lock()  # the end of the file: held by an append, and by the switch to a compacted file
+        self._tail = lock  # the end of the file: held by an append, and by the switch to a compacted file
         self._waiting: collections.deque[tuple[Future, Any, str | None]] = collections.deque()
         self._wake = threading.Condition()  # notified when the committing thread has something to do
         self._asleep = False  # does it wait for an append?
@@ -1094,7 +1104,7 @@ class Journal:
             self._committer.join()
         with self._committing:
             if not self.failure and self._file >= 0:
-                with contextlib.suppress(OSError, JobQueueError):
+                with self._tail, contextlib.suppress(OSError, JobQueueError):
                     self._append_closing()
             self.abandon()
 
@@ -1124,19 +1134,21 @@ class Journal:
 
         `urgent` ones (of workers, and of the clock) may use the reserve.
         """
-        with self._tail:
-            if self.failure:
-                raise self.unknown(None)
-            if self._reserve.spent and not urgent and not self._reserve.fill():
-                raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
-            seq, synced = self.seq, self.synced
-            data = b"".join([journal_line(number, synced, body) for number, body in enumerate(bodies, seq + 1)])
-            try:
-                _write_all(self._file, data)
-            except OSError as error:
-                self._refuse(error, data, urgent)
-            self.size += len(data)
-            self.seq = seq = seq + len(bodies)
+        if self.failure:
+            raise self.unknown(None)
+        if self._reserve.spent and not urgent and not self._reserve.fill():
+            raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
+        seq = self.seq
+        if len(bodies) == 1:
+            data = journal_line(seq + 1, self.synced, bodies[0])
+        else:
+            data = b"".join([journal_line(number, self.synced, body) for number, body in enumerate(bodies, seq + 1)])
+        try:
+            _write_all(self._file, data)
+        except OSError as error:
+            self._refuse(error, data, urgent)
+        self.size += len(data)
+        self.seq = seq = seq + len(bodies)
         if self._asleep:
             self._rouse()
         return seq
@@ -1259,7 +1271,7 @@ class Journal:
         if not self.durable:
             self._marked = seq
         elif idle:
-            with contextlib.suppress(JobQueueError):
+            with self._tail, contextlib.suppress(JobQueueError):
                 self._marked = self.append('{"op":"synced"}', urgent=True)
 
     def _fail(self, error: OSError) -> None:
@@ -1605,6 +1617,27 @@ class _Waiter:
         self.number = next(self._count)  # its age, among those of other queues
 
 
+class _Crowd:
+    """Those who wait. One that hangs up takes no lock, since all may leave at once: it leaves a mark in `gone`."""
+
+    __slots__ = ("count", "gone", "sweep")
+
+    def __init__(self, sweep: Callable[[], None]) -> None:
+        self.count, self.gone, self.sweep = 0, [], sweep
+
+    def add(self, future: Future) -> None:
+        """Count this one. When those that left are the most, they are swept out."""
+        self.count += 1
+        future.left = self.gone
+        if len(self.gone) > 1000 + self.count // 2:
+            self.count -= len(self.gone)
+            self.gone.clear()
+            self.sweep()
+
+    def __len__(self) -> int:
+        return max(0, self.count - len(self.gone))
+
+
 class _Order:
     """Job ids by number, for listings: two flat arrays, 16 bytes a job. Tidied when half of them are forgotten."""
 
@@ -1679,8 +1712,8 @@ class LocalEngine(Engine):
 
     def __init__(self, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None) -> None:
         self._settings, self._clock = settings, clock
-        self.journal = Journal(settings.data_dir, settings, clock, failed)
         self._lock = threading.Lock()
+        self.journal = Journal(settings.data_dir, settings, clock, self._lock, failed)
         self._last_number = 0
         self._all_paused = False
         self._jobs: dict[str, Job] = {}
@@ -1695,8 +1728,7 @@ class LocalEngine(Engine):
         self._kept = {False: collections.OrderedDict(), True: collections.OrderedDict()}  # failed? -> id -> deadline
         self._forget_at = math.inf  # when the next of them has been kept for long enough
         self._watchers: dict[str, list[_Waiter]] = {}
-        self._waiting = {"clients": 0, "workers": 0}
-        self._gone: dict[str, list[None]] = {"clients": [], "workers": []}  # an entry for each that hung up
+        self._clients, self._pollers = _Crowd(self._sweep_clients), _Crowd(self._sweep_pollers)
         self._due: list[_Lane] = []  # lanes with something new for the polls that wait
         self._ready: collections.deque[tuple[Future, Any]] = collections.deque()  # answers to give without the lock
         self._drained: Future | None = None
@@ -2028,13 +2060,13 @@ class LocalEngine(Engine):
             oldest = self._oldest(lane)
             age = None if oldest is None else max(0.0, (self._wall - oldest.created) / 1e6)
             queues[lane.name] = {**_as_counts(lane.counts), "paused": lane.paused, "oldest_pending_seconds": age}
-        waiting = {f"waiting_{who}": self._waiting_now(who) for who in self._waiting}
         return {
             "total": len(self._jobs),
             **_as_counts({state: sum(lane.counts[state] for lane in self._lanes.values()) for state in STATES}),
             "bytes": self._unfinished_bytes,
             "finished_bytes": self._finished_bytes,
-            **waiting,
+            "waiting_clients": len(self._clients),
+            "waiting_workers": len(self._pollers),
             "paused": self._all_paused,
             "draining": self._drained is not None,
             "queues": queues,
@@ -2435,7 +2467,7 @@ class LocalEngine(Engine):
         """A future of what `answer` makes of the jobs, or of the disk's refusal (and the record it has to wait for)."""
         future = Future()
         waiter = _Waiter(future, answer, claim, job_id)
-        self._count_in("workers", future)
+        self._pollers.add(future)
         for queue in claim.queues:
             self._lane(queue).waiters[waiter] = None
         self._arm(self._polls, waiter, self._now + claim.wait)
@@ -2455,7 +2487,7 @@ class LocalEngine(Engine):
 
     def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: JobQueueError | None = None) -> None:
         """Its future is claimed."""
-        self._waiting["workers"] -= 1
+        self._pollers.count -= 1
         self._settle(waiter.future, *waiter.answer(jobs, error), waiter.job_id)
         self._drop_poll(waiter)
 
@@ -2483,6 +2515,7 @@ class LocalEngine(Engine):
         """A future that is answered now, or after the sync where it has to wait for one."""
         future = Future()
         future.job_id = job_id
+        future.claim()
         if self.journal.settle(future, value, seq, job_id):
             future.set_result(value)  # nobody has it yet, so this calls nobody
         return future
@@ -2495,7 +2528,7 @@ class LocalEngine(Engine):
         future.job_id = job.id
         watcher = _Waiter(future, answer, job_id=job.id)
         self._watchers.setdefault(job.id, []).append(watcher)
-        self._count_in("clients", future)
+        self._clients.add(future)
         if tied:
             future.add_done_callback(lambda future: future.cancelled() and self._untie(job.id))
         if wait is not None:
@@ -2504,36 +2537,22 @@ class LocalEngine(Engine):
 
     def _answer_watcher(self, watcher: _Waiter, value: Any, seq: int) -> None:
         if watcher.future and watcher.future.claim():
-            self._waiting["clients"] -= 1
+            self._clients.count -= 1
             self._settle(watcher.future, value, seq, watcher.job_id)
         self._holds.cancel(watcher)
         watcher.future = watcher.answer = None
 
-    def _count_in(self, who: str, future: Future) -> None:
-        """Count a waiter. One that hangs up takes no lock, since a crowd may leave at once: it leaves a mark, and when
-        those that left are the most, they are swept out."""
-        self._waiting[who] += 1
-        gone = future.left = self._gone[who]
-        if len(gone) > 1000 + self._waiting[who] // 2:
-            self._sweep(who)
+    def _sweep_pollers(self) -> None:
+        for waiter in [waiter for waiter in self._polls if waiter.future.cancelled()]:
+            self._drop_poll(waiter)
 
-    def _sweep(self, who: str) -> None:
-        gone = len(self._gone[who])
-        del self._gone[who][:gone]
-        self._waiting[who] -= gone
-        if who == "workers":
-            for waiter in [waiter for waiter in self._polls if waiter.future.cancelled()]:
-                self._drop_poll(waiter)
-            return
+    def _sweep_clients(self) -> None:
         for job_id, watchers in list(self._watchers.items()):
             for watcher in [watcher for watcher in watchers if watcher.future.cancelled()]:
                 self._holds.cancel(watcher)
                 watchers.remove(watcher)
             if not watchers:
                 del self._watchers[job_id]
-
-    def _waiting_now(self, who: str) -> int:
-        return max(0, self._waiting[who] - len(self._gone[who]))
 
     def _see_worker(self, claim: Claim) -> None:
         if not claim.worker:
@@ -4667,10 +4686,25 @@ class _Chunks:
 class Plan:
     """What the head of a request asks for, as far as it was understood. It is kept by the bytes of the head."""
 
-    __slots__ = ("head", "version", "is_head", "keep", "framed", "route", "job_id", "asked", "limit", "seen", "plain")
+    __slots__ = (
+        "head",
+        "version",
+        "is_head",
+        "keep",
+        "framed",
+        "route",
+        "handle",
+        "holds",
+        "job_id",
+        "asked",
+        "limit",
+        "plain",
+        "seen",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, seen: dict[int, Histogram]) -> None:
         self.version, self.is_head, self.keep = 1, False, False
+        self.seen = seen  # of the route, by status
         self.framed = False  # is it known where the body ends? Otherwise the stream cannot go on
         self.route: Route | None = None
         self.job_id: str | None = None
@@ -4685,15 +4719,20 @@ class Plan:
 class Planner:
     """Parses heads, strictly, and asks whether the caller may. A refusal carries the plan as far as it got."""
 
-    def __init__(self, settings: Settings, access: Access, router: Router, prepare: dict[str, Callable]) -> None:
-        self._settings, self._access, self._router, self._prepare = settings, access, router, prepare
+    def __init__(self, settings: Settings, access: Access, router: Router, api: HttpApi) -> None:
+        self._settings, self._access, self._router, self._api = settings, access, router, api
+        self.seen: dict[tuple[str, str], dict[int, Histogram]] = collections.defaultdict(dict)  # by method and path
         self._limits = {None: 65536, "payload": settings.max_payload, "batch": settings.max_batch}
         self._scheme = "https://" if settings.tls_cert else "http://"
         self._head_of = functools.lru_cache(1024)(Head)  # it keeps no exceptions, so no refused ones
 
+    def no_plan(self) -> Plan:
+        """Of what is refused before its head is whole."""
+        return Plan(self.seen["-", "-"])
+
     def plan(self, block: bytes, peer: str) -> Plan:
         """The plan of a head, which ends in CR LF. Raises JobQueueError, with its `plan`."""
-        plan = Plan()
+        plan = self.no_plan()
         try:
             self._parse(block, peer, plan)
         except JobQueueError as error:
@@ -4739,13 +4778,15 @@ class Planner:
     def _ask(self, method: str, target: str, head: Head, peer: str, plan: Plan) -> None:
         path, mark, query = target.partition("?")
         plan.route, plan.job_id = route, _ = self._router.find(method, path)
+        plan.seen = self.seen[route.method, route.path]
         self._admit(route, head)
         if head.expect and head.expect != "100-continue" and plan.version == 1:
             raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
         parameters = parse_query(query, route.parameters) if mark else {}
         asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
         if route.prepare:
-            asked.prepared = self._prepare[route.prepare](asked)
+            asked.prepared = getattr(self._api, route.prepare)(asked)
+        plan.handle, plan.holds = getattr(self._api, route.handler), route.scope != "worker"
         plan.limit = self._limits[route.body]
 
     def _admit(self, route: Route, head: Head) -> None:
@@ -4764,7 +4805,6 @@ class Planner:
             raise JobQueueError("cross_site", "a page of another site may not call this")
 
 
-_NO_PLAN = Plan()  # of what was refused before its head was whole
 # What each request of a worker has of its own: without its job's id and lease token, its head is one of a few.
 _OWN = re.compile(rb"(POST /api/worker/[a-z]{4,8}/)([0-9a-f-]{36})\?lease_token=([0-9a-f]{16})(?=[& ])")
 _HANDSHAKE, _READING, _HELD, _LINGERING, _CLOSED = range(5)
@@ -5009,9 +5049,13 @@ class Connection:
         request = Request(plan.asked, job_id, token, body, server.held >= server.max_held)
         if plan.route.slow:
             self.state = _HELD
-            server.process_request((plan.route, request), self)
-        else:
-            self.take(server.call(plan.route, request))
+            server.process_request((plan, request), self)
+            return
+        try:
+            answer = plan.handle(request)
+        except Exception as error:
+            answer = server.failed(error)
+        self.take(answer)
 
     def take(self, answer: Response | Later) -> None:
         """The handler's answer, or the promise of one."""
@@ -5026,7 +5070,7 @@ class Connection:
             self._answer(answer)
         else:
             self.state, self._later = _HELD, answer
-            self._server.hold(self._plan.route, 1)
+            self._server.held += self._plan.holds
             answer.future.add_done_callback(self._ended)
 
     def _ended(self, future: Future) -> None:
@@ -5041,7 +5085,7 @@ class Connection:
         if self.state == _CLOSED:
             self._lose(later, later.future.outcome)
             return
-        self._server.hold(self._plan.route, -1)
+        self._server.held -= self._plan.holds
         self._answer(later)
 
     def _answer(self, later: Later) -> None:
@@ -5081,11 +5125,11 @@ class Connection:
             return True
 
     def _respond(self, response: Response) -> None:
-        keep = self._keep and not response.close and not self._server.stopping
-        server = self._server
-        plan, self._plan = self._plan or _NO_PLAN, None
-        server.count(plan.route, response.status, self._started, self.peer)
-        self._refusal, self._started, self._lingered = None, 0, 0
+        server, plan = self._server, self._plan or self._server.no_plan
+        keep = self._keep and not (response.close or server.stopping)
+        server.count(plan, response.status, self._started, self.peer)
+        self._plan = self._refusal = None
+        self._started = self._lingered = 0
         data = render(response, keep, server.date, plan.version)
         if plan.is_head:
             data = data[: data.index(b"\r\n\r\n") + 4]
@@ -5194,7 +5238,7 @@ class Connection:
             unsent, self._unsent = self._unsent, None
             self._lose(*unsent)
         if held and self._later is not None:
-            self._server.hold(self._plan.route, -1)
+            self._server.held -= self._plan.holds
             if self._later.future.cancel():
                 self._later = None
 
@@ -5243,18 +5287,16 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         routes: Iterable[Route] = ROUTES,
     ) -> None:
         self.settings, self._clock = settings, clock
-        self._handlers = {route.handler: getattr(api, route.handler) for route in routes}
-        prepare = {route.prepare: getattr(api, route.prepare) for route in routes if route.prepare}
         self.max_held, self._engine = settings.max_held, service.engine
         self.usual_head = min(2048, settings.max_headers)  # bytes of a head whose plan is kept
         self.tls = tls_context(settings)
-        self._planner = Planner(settings, service.access, Router(routes), prepare)
+        self._planner = Planner(settings, service.access, Router(routes), api)
+        self.no_plan, self.requests = self._planner.no_plan(), self._planner.seen
         self._known_plan = functools.lru_cache(1024)(self._planner.plan)
         self._known_kind = functools.lru_cache(1024)(self._plan_of_kind)
         self.selector, self.timers, self._due = selectors.DefaultSelector(), Timers(), math.inf
         self.connections: set[Connection] = set()
         self.held, self.stopping = 0, False
-        self.requests: dict[tuple[str, str, int], list[Any]] = {}
         self.now = clock.monotonic()
         self._second, self.date = 0, ""  # the Date header of this second
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
@@ -5400,19 +5442,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.connections.discard(connection)
         self.timers.cancel(connection)
 
-    def hold(self, route: Route, change: int) -> None:
-        """Count a client that waits; workers that do are not limited but by the connections."""
-        if route.scope != "worker":
-            self.held += change
-
     # -- a request
-
-    def call(self, route: Route, request: Request) -> Response | Later:
-        """The handler's answer; what goes wrong in it becomes one."""
-        try:
-            return self._handlers[route.handler](request)
-        except Exception as error:
-            return self._failed(error)
 
     def shape(self, later: Later, value: Any) -> Response:
         try:
@@ -5420,18 +5450,23 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 raise value
             return later.shape(value)
         except Exception as error:
-            return self._failed(error)
+            return self.failed(error)
 
     @staticmethod
-    def _failed(error: Exception) -> Response:
+    def failed(error: Exception) -> Response:
+        """The answer that tells it."""
         if isinstance(error, JobQueueError):
             return error_response(error)
         log.error("handler_failed", exc_info=error)
         return error_response(JobQueueError("internal", "the server made a mistake; its log says more"))
 
-    def process_request_thread(self, request: tuple[Route, Request], connection: Connection) -> None:
+    def process_request_thread(self, request: tuple[Plan, Request], connection: Connection) -> None:
         """A thread of its own for a slow handler; ThreadingMixIn.process_request starts it."""
-        answer = self.call(*request)
+        plan, asked = request
+        try:
+            answer = plan.handle(asked)
+        except Exception as error:
+            answer = self.failed(error)
         self.post(functools.partial(connection.take, answer))
 
     def _look_at_the_clock(self) -> None:
@@ -5441,16 +5476,17 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         if second != self._second:
             self._second, self.date = second, email.utils.formatdate(second, usegmt=True)
 
-    def count(self, route: Route | None, status: int, started: float, peer: str) -> None:
+    def count(self, plan: Plan, status: int, started: float, peer: str) -> None:
         """For /metrics and the access log."""
-        key = (route.method, route.path, status) if route else ("-", "-", status)
-        seen = self.requests.get(key)
+        seen = plan.seen.get(status)
         if seen is None:
-            seen = self.requests[key] = Histogram()
+            seen = plan.seen[status] = Histogram()
         seconds = self._clock.monotonic() - started if started else 0.0
         seen.observe(seconds)
         if self.settings.access_log:
-            log.info("request peer=%s method=%s path=%s status=%d seconds=%.6f", peer, *key, seconds)
+            method, path = (plan.route.method, plan.route.path) if plan.route else ("-", "-")
+            line = "request peer=%s method=%s path=%s status=%d seconds=%.6f"
+            log.info(line, peer, method, path, status, seconds)
 
     # -- the end
 
@@ -5903,7 +5939,8 @@ class Server:
         figures["jobqueue_connections"] = [({}, len(self._http.connections))]
         figures["jobqueue_http_request_duration_seconds"] = [
             ({"method": method, "route": path, "status": status}, histogram)
-            for (method, path, status), histogram in list(self._http.requests.items())
+            for (method, path), seen in list(self._http.requests.items())
+            for status, histogram in list(seen.items())
         ]
         if self._grpc:
             figures["jobqueue_grpc_request_duration_seconds"] = [
