@@ -1198,6 +1198,10 @@ class Journal:
         """This thread will call `commit` after each group of its verbs, so that nobody has to be woken for them."""
         self._leader = threading.get_ident()
 
+    def uncommitted(self) -> bool:
+        """Does somebody wait for a sync, of a disk that is quick?"""
+        return self._quick and bool(self._waiting)
+
     def commit(self) -> None:
         """Sync for all that wait, and answer them."""
         if self._waiting and self._quick and self._committing.acquire(blocking=False):
@@ -1587,6 +1591,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def lead(self) -> None:
         """This thread will call `commit` after each group of its verbs: nobody else has to be woken for them."""
+
+    @abc.abstractmethod
+    def uncommitted(self) -> bool:
+        """Is there something for that thread to commit?"""
 
     @abc.abstractmethod
     def commit(self) -> None:
@@ -2102,6 +2110,9 @@ class LocalEngine(Engine):
 
     def lead(self) -> None:
         self.journal.lead()
+
+    def uncommitted(self) -> bool:
+        return self.journal.uncommitted()
 
     def commit(self) -> None:
         self.journal.commit()
@@ -5274,6 +5285,7 @@ def render(response: Response, keep: bool, date: str, version: int = 1) -> bytes
 class HTTPServer(http.server.ThreadingHTTPServer):
     """The sockets. `serve_forever` is the one thread that reads and writes; other threads `post`."""
 
+    GATHER = 0.002  # seconds for which those that come while others wait for a sync are served before it
     request_queue_size = 1024
     daemon_threads = True
 
@@ -5326,10 +5338,11 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float | None = None) -> None:
         self._serving = threading.get_ident()
         self._engine.lead()
+        uncommitted, since = False, 0.0
         while not (self.stopping and not self.connections):
             # The clock of a test may run ahead of the selector's: look at the deadlines once a second at least.
             patience = None if self._due == math.inf else min(1.0, max(0.0, self._due - self.now))
-            events = self.selector.select(patience)
+            events = self.selector.select(0 if uncommitted else patience)
             self._look_at_the_clock()
             try:
                 for key, mask in events:
@@ -5338,7 +5351,11 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 log.exception("serving_failed")
             while self._posted:
                 self._run(self._posted.popleft())
-            self._run(self._engine.commit)
+            if not uncommitted:
+                uncommitted, since = self._engine.uncommitted(), self.now
+            elif not events or self.now - since > self.GATHER:
+                self._run(self._engine.commit)
+                uncommitted = False
             if self.now >= self._due:
                 while (timed := self.timers.pop_due(self.now)) is not None:
                     self._run(timed.expire, self.now)
