@@ -3211,21 +3211,14 @@ class HttpApi:
 
     @staticmethod
     def _one_result(members: dict[str, str]) -> tuple[str, str | None, bytes]:
-        unknown = members.keys() - {"job_id", "lease_token", "payload", "payload_encoding"}
-        strings = {
-            name: json.loads(members[name]) for name in ("job_id", "lease_token", "payload_encoding") if name in members
-        }
-        wrong = [name for name, value in strings.items() if not isinstance(value, str | None)]
-        if unknown or wrong or not strings.get("job_id"):
-            named = ", ".join(sorted(unknown) + wrong) or "job_id"
-            raise JobQueueError(
-                "invalid_request",
-                f"a result is an object of job_id, lease_token, payload and payload_encoding; wrong: {named}",
-            )
-        data = members.get("payload", "").encode()
-        if strings.get("payload_encoding") is not None:
-            data = _from_base64(strings["payload_encoding"], data)
-        return strings["job_id"], strings.get("lease_token"), data
+        get = members.get
+        job_id, token, encoding = _string(get("job_id")), _string(get("lease_token")), _string(get("payload_encoding"))
+        unknown = members.keys() - _RESULT_MEMBERS
+        if unknown or not job_id:
+            named = ", ".join(sorted(unknown)) or "job_id"
+            raise JobQueueError("invalid_request", f"{_RESULT}; wrong: {named}")
+        data = get("payload", "").encode()
+        return job_id, token, data if encoding is None else _from_base64(encoding, data)
 
     @staticmethod
     def _completed_many(ids: list[str], outcomes: list[Outcome | JobQueueError]) -> Response:
@@ -3330,8 +3323,21 @@ def _from_base64(encoding: str, data: bytes) -> bytes:
     raise JobQueueError("invalid_request", "with payload_encoding base64 the payload is a string of base64")
 
 
+_RESULT_MEMBERS = frozenset(("job_id", "lease_token", "payload", "payload_encoding"))
+_RESULT = "a result is an object of job_id, lease_token, payload and payload_encoding, all but the payload strings"
 _BLANK = re.compile(r"[ \t\n\r]*")
+# A member's name and, where it is a string without escapes, its value and what follows it.
+_MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*(?:("[^"\\\x00-\x1f]*")[ \t\n\r]*([,}]))?')
 _scan = _strict.raw_decode
+
+
+def _string(text: str | None) -> str | None:
+    """The value of a member that is a string or null, or is not there."""
+    if text is None or text == "null":
+        return None
+    if text[0] != '"':
+        raise JobQueueError("invalid_request", f"{_RESULT}; wrong: {text[:100]}")
+    return json.loads(text) if "\\" in text else text[1:-1]
 
 
 def _members(text: str, at: int) -> tuple[dict[str, str], int]:
@@ -3340,15 +3346,27 @@ def _members(text: str, at: int) -> tuple[dict[str, str], int]:
     if text[at : at + 1] != "{":
         raise ValueError("an object is needed")
     at = _BLANK.match(text, at + 1).end()
-    while text[at : at + 1] != "}":
-        if members:
-            at = _past(text, at, ",")
-        name, at = _scan(text, at)
-        at = _past(text, at, ":")
-        end = _scan(text, at)[1]
-        members[name] = text[at:end]
-        at = _BLANK.match(text, end).end()
-    return members, at + 1
+    if text[at : at + 1] == "}":
+        return members, at + 1
+    mark = ","
+    while mark == ",":
+        match = _MEMBER.match(text, at)
+        if match is not None:
+            (name, value, mark), at = match.groups(), match.end()
+        else:  # escapes in the name, or no name at all
+            (name, at), value = _scan(text, _BLANK.match(text, at).end()), None
+            if not isinstance(name, str):
+                raise ValueError("a member's name must be a string")
+            at = _past(text, at, ":")
+        if value is None:
+            end = _scan(text, at)[1]
+            value = text[at:end]
+            at = _BLANK.match(text, end).end()
+            mark, at = text[at : at + 1], at + 1
+        members[name] = value
+    if mark != "}":
+        raise ValueError(", or } is missing")
+    return members, at
 
 
 def _past(text: str, at: int, mark: str) -> int:
@@ -3362,16 +3380,20 @@ def batch_members(body: bytes) -> list[dict[str, str]]:
     """The objects in `{"results": [...]}`: name -> the value's JSON text, since payloads stay as they were sent."""
     try:
         text = body.decode()
-        outer, end = _members(text, _BLANK.match(text).end())
-        if text[end:].strip(" \t\n\r") or outer.keys() != {"results"}:
+        at = _past(text, 0, "{")
+        name, at = _scan(text, at)
+        if name != "results":
             raise ValueError("one member, results, is needed")
-        rows, at = [], _past(outer["results"], 0, "[")
-        while outer["results"][at] != "]":
+        at = _past(text, _past(text, at, ":"), "[")
+        rows: list[dict[str, str]] = []
+        while text[at : at + 1] != "]":
             if rows:
-                at = _past(outer["results"], at, ",")
-            row, at = _members(outer["results"], at)
+                at = _past(text, at, ",")
+            row, at = _members(text, at)
             rows.append(row)
-            at = _BLANK.match(outer["results"], at).end()
+            at = _BLANK.match(text, at).end()
+        if text[_past(text, at + 1, "}") :]:
+            raise ValueError("something follows the object")
         return rows
     except (ValueError, TypeError, RecursionError) as error:
         raise JobQueueError(

@@ -436,6 +436,12 @@ BROKEN = [
     '{"results": [{"job_id": "ID", "payload": 1, "payload_encoding": "base64"}]}',
     '{"results": [{"job_id": "ID", "payload": "AA==", "payload_encoding": "rot13"}]}',
     '{"results": [{"job_id": "ID", "payload": 1}, {"job_id": null, "payload": 1}]}',
+    '{"results": [{"job_id": "ID", 1: 2}]}', '{"results": [{"job_id": "ID", null: 2}]}',
+    '{"results": [{"job_id": "ID" "payload": 1}]}', '{"results": [{"job_id": "ID"; "payload": 1}]}',
+    '{"results": [{"job_id": "ID", "payload": 1;}]}', '{"results": [{"job_id": "ID", "payload": 1,}]}',
+    '{"results": [{"job_id": "ID", "other": 1}]}', '{"results": [{"job_id": "ID"}], "more": 1}',
+    '{"more": 1, "results": [{"job_id": "ID"}]}', '{"results": [{"job_id": "ID", "lease_token": "\x01"}]}',
+    '{"results": [{"job_id": "ID", "lease_token": "\\x"}]}', '{"results": [{,"job_id": "ID"}]}',
 ]
 
 
