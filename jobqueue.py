@@ -5603,13 +5603,63 @@ def _import_grpc() -> tuple[Any, Any, Any]:
     return grpc, worker_pb2, worker_pb2_grpc
 
 
+class _Pool(concurrent_futures.ThreadPoolExecutor):
+    """Threads of which a few run at a time, since more would only pass the interpreter lock around. One that is about
+    to wait says so, and another runs instead."""
+
+    RUNNING = 2
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads, "jobqueue-grpc")
+        self._turns = threading.Lock()
+        self._running, self._calls = 0, collections.deque()
+
+    def submit(self, call: Callable, /, *args: Any, **named: Any) -> concurrent_futures.Future:
+        future: concurrent_futures.Future = concurrent_futures.Future()
+        self._calls.append((future, functools.partial(call, *args, **named)))
+        self._start_another()
+        return future
+
+    def _start_another(self) -> None:
+        with self._turns:
+            if self._running >= self.RUNNING or not self._calls:
+                return
+            self._running += 1
+        super().submit(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._turns:
+                if self._running > self.RUNNING or not self._calls:
+                    self._running -= 1
+                    return
+                future, call = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the thread that runs this waits."""
+        with self._turns:
+            self._running -= 1
+        self._start_another()
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._running += 1
+
+
 class WorkerServicer:
     """One method for each of worker.proto's; each has the meaning of the HTTP route beside it."""
 
     BATCH_BYTES = 4 * MIB - 64 * KIB  # what a client takes by default, with some room for framing
 
-    def __init__(self, service: JobService, settings: Settings, grpc: Any, messages: Any) -> None:
-        self._service, self._engine, self._messages, self._grpc = service, service.engine, messages, grpc
+    def __init__(self, service: JobService, settings: Settings, messages: Any, pool: _Pool) -> None:
+        self._service, self._engine, self._messages, self._pool = service, service.engine, messages, pool
         self._parking = threading.BoundedSemaphore(max(1, settings.grpc_threads * 3 // 4))
 
     # -- the original's two
@@ -5652,7 +5702,7 @@ class WorkerServicer:
     def CompleteJobs(self, request: Any, context: Any) -> Any:
         """POST /api/worker/complete"""
         results = [(result.job_id, result.lease_token or None, _sent(result)) for result in request.results]
-        outcomes = self._service.complete_many(results).result()
+        outcomes = self._result(self._service.complete_many(results))
         rows = []
         for (job_id, _, _), outcome in zip(results, outcomes, strict=True):
             row = self._messages.CompleteResult(job_id=job_id, status=200)
@@ -5669,7 +5719,8 @@ class WorkerServicer:
         delay = (
             self._checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
         )
-        outcome = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay).result()
+        future = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay)
+        outcome = self._result(future)
         retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
         return self._messages.FailResponse(
             status=outcome.job.state, retry_in_seconds=retry_in, duplicate=outcome.duplicate
@@ -5738,6 +5789,12 @@ class WorkerServicer:
             future.add_done_callback(lambda _: self._parking.release())
             if not context.add_callback(future.cancel):
                 future.cancel()
+        return self._result(future)
+
+    def _result(self, future: Future) -> Any:
+        if not future.done():
+            with self._pool.waiting():
+                return future.result()
         return future.result()
 
     def _job(self, job: Job) -> Any:
@@ -5782,20 +5839,19 @@ class GrpcServer:
     SERVICE = "worker.WorkerService"
 
     def __init__(self, service: JobService, settings: Settings, clock: Clock) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         self._grpc, messages, stubs = _import_grpc()
         self._service, self._clock = service, clock
         self.requests: dict[tuple[str, str], Histogram] = {}
         self._counting = threading.Lock()
-        servicer = WorkerServicer(service, settings, self._grpc, messages)
+        pool = _Pool(settings.grpc_threads)
+        servicer = WorkerServicer(service, settings, messages, pool)
         limit = settings.max_batch + 64 * KIB
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
         ]
-        self._server = self._grpc.server(ThreadPoolExecutor(settings.grpc_threads, "jobqueue-grpc"), options=options)
+        self._server = self._grpc.server(pool, options=options)
         self._add_service(servicer, messages, stubs)
         self._health = self._add_health()
         self._add_reflection(messages)
