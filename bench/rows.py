@@ -4,6 +4,7 @@ A row is a function that takes the options of the run and yields Figures. Its na
 """
 import contextlib
 import random
+import shutil
 import signal
 import statistics
 import threading
@@ -716,13 +717,20 @@ def round_trips(server, trips=1000):
 
 @row("idle", "an idle server: CPU over 10 s, memory, and from the start to the first /health, without and with gRPC")
 def idle(options):
-    kinds = [("without gRPC", False, (0.25, 0.15), (25, 18)), ("with gRPC", True, (0.6, 0.4), (60, 45))]
+    kinds = [
+        ("without gRPC", False, (0.25, 0.15), (25, 18)),
+        ("without gRPC, compiled", False, (0.25, 0.15), (25, 18)),
+        ("with gRPC", True, (0.6, 0.4), (60, 45)),
+        ("with gRPC, compiled", True, (0.6, 0.4), (60, 45)),
+    ]
     if peers.missing("grpc"):
-        kinds.pop()
+        del kinds[2:]
+    start_once(kinds[-1][1], compiled=True)  # now there is a compiled copy
     starts = {name: [] for name, _, _, _ in kinds}
     for _ in range(max(5, options.runs)):
         for name, grpc, _, _ in kinds:
-            starts[name].append(start_once(grpc))
+            starts[name].append(start_once(grpc, "compiled" in name))
+    shutil.rmtree(compiled_copies())
     for name, _, (at_least, aim), _ in kinds:
         spent = [seconds for seconds, _ in starts[name]]
         yield Figure(
@@ -734,7 +742,7 @@ def idle(options):
             f"memory at rest, {name}", " MB", statistics.median(rss for _, rss in starts[name]) / 1e6,
             at_least=at_least, aim=aim, judged="value", less_is_better=True,
         )  # fmt: skip
-    with peers.jobqueue(grpc=len(kinds) > 1) as server:
+    with peers.jobqueue(grpc=kinds[-1][1]) as server:
         ask(server, b"GET", b"/health")
         time.sleep(1)
         before, began = load.cpu_fine(server.pid), clock()
@@ -744,12 +752,21 @@ def idle(options):
     yield Figure("idle CPU over 10 s", " %", share, at_least=0.2, aim=0.01, judged="value", less_is_better=True)
 
 
-def start_once(grpc):
-    """Starts a server, asks until /health answers; (seconds, resident bytes)."""
+def compiled_copies():
+    return f"{load.scratch['folder']}/jobqueue-bench-compiled"
+
+
+def start_once(grpc, compiled=False):
+    """Starts a server, asks until /health answers; (seconds, resident bytes). `compiled`: by `python -m jobqueue`."""
     port = peers.free_port()
     with peers.folder() as path:
+        command, env = peers.jobqueue_command(path, "always", grpc, port), {}
+        if compiled:
+            command[1:2] = ["-m", "jobqueue"]
+            env = {"PYTHONPATH": str(peers.config["server"].parent), "PYTHONDONTWRITEBYTECODE": ""}
+            env["PYTHONPYCACHEPREFIX"] = compiled_copies()
         began = clock()
-        server = peers.Server("jobqueue", peers.jobqueue_command(path, "always", grpc, port), port, path)
+        server = peers.Server("jobqueue", command, port, path, env)
         try:
             server.wait(server.listening)
             ask(server, b"GET", b"/health")
