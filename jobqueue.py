@@ -4729,6 +4729,7 @@ class Plan:
         "handle",
         "holds",
         "job_id",
+        "token",
         "asked",
         "limit",
         "plain",
@@ -4741,12 +4742,9 @@ class Plan:
         self.framed = False  # is it known where the body ends? Otherwise the stream cannot go on
         self.route: Route | None = None
         self.job_id: str | None = None
+        self.token: str | None = None  # of the lease
         self.limit = 65536  # bytes of the body that are read, if only to answer with a refusal
         self.plain = -1  # length of a body that can be taken without more ado
-
-    @property
-    def token(self) -> str | None:
-        return self.asked.parameters.get("lease_token")
 
 
 class Planner:
@@ -4816,6 +4814,7 @@ class Planner:
         if head.expect and head.expect != "100-continue" and plan.version == 1:
             raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
         parameters = parse_query(query, route.parameters) if mark else {}
+        plan.token = parameters.get("lease_token")
         asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
         if route.prepare:
             asked.prepared = getattr(self._api, route.prepare)(asked)
