@@ -1832,14 +1832,14 @@ class LocalEngine(Engine):
             elif job.state == "pending" and job.ttl is None:
                 lines[job.queue, job.priority].append(job)
             else:
-                self._weigh(job, 1)
+                self._weigh(job)
                 self._enter(job, self._wall)
         self._order.numbers.extend(job.number for job in jobs)
         self._order.ids.extend(job.id for job in jobs)
         for (queue, priority), line in lines.items():
             self._enter_line(self._lane(queue), priority, line)
         for job in sorted(finished, key=lambda job: job.finished):
-            self._weigh(job, 1)
+            self._weigh(job)
             self._enter(job, self._wall)
         self._forget_old()
         self._set_alarm()
@@ -2185,7 +2185,8 @@ class LocalEngine(Engine):
         self._order.add(job.number, job.id)
         if job.key is not None:
             self._keys[job.key] = job.id
-        self._weigh(job, 1)
+        self._unfinished += 1
+        self._unfinished_bytes += job.size
         self._enter(job, job.created)
         return job
 
@@ -2229,9 +2230,14 @@ class LocalEngine(Engine):
     def _move(self, job: Job, new: Job, wall: int | None = None) -> Job:
         """Put the job where its new state belongs."""
         self._leave(job)
-        if new.state in FINAL or job.state in FINAL:
-            self._weigh(job, -1)
-            self._weigh(new, 1)
+        if new.state in FINAL:
+            self._unfinished -= 1
+            self._unfinished_bytes -= job.size
+            self._finished_bytes += new.final_size
+        elif job.state in FINAL:
+            self._finished_bytes -= job.final_size
+            self._unfinished += 1
+            self._unfinished_bytes += new.size
         self._enter(new, wall)
         return new
 
@@ -2256,13 +2262,13 @@ class LocalEngine(Engine):
         elif job.state in FINAL:
             self._kept[job.state == "failed"].pop(job.id, None)
 
-    def _weigh(self, job: Job, sign: int) -> None:
-        """Count a job that comes or goes, and its bytes."""
+    def _weigh(self, job: Job) -> None:
+        """Count a job that was there before the start, and its bytes."""
         if job.state in FINAL:
-            self._finished_bytes += sign * job.final_size
+            self._finished_bytes += job.final_size
         else:
-            self._unfinished += sign
-            self._unfinished_bytes += sign * job.size
+            self._unfinished += 1
+            self._unfinished_bytes += job.size
 
     def _enter(self, job: Job, wall: int | None) -> None:
         """Put the job where its state belongs. `wall`: its times are new, or restored, and on the wall clock."""
@@ -2446,10 +2452,13 @@ class LocalEngine(Engine):
         chosen = self._choose(claim)
         if not chosen:
             return chosen, self.journal.append(*before, urgent=True) if before else 0
-        leases = [self._new_lease(job, claim) for job in chosen]
+        leases, records = [], list(before)
+        for job in chosen:
+            lease = self._new_lease(job, claim)
+            leases.append(lease)
+            records.append(lease_record(job, *lease))
         try:
-            records = [lease_record(job, *lease) for job, lease in zip(chosen, leases, strict=True)]
-            last = self.journal.append(*before, *records, urgent=True)
+            last = self.journal.append(*records, urgent=True)
         except JobQueueError:
             for job in chosen:
                 self._line_up(self._lanes[job.queue], job)
@@ -2459,14 +2468,11 @@ class LocalEngine(Engine):
                 return [], self.journal.append(*before, urgent=True)
             raise
         first = last - len(chosen)
-        return [self._lease(*pair) for pair in enumerate(zip(chosen, leases, strict=True), first + 1)], first
-
-    def _lease(self, seq: int, leased: tuple[Job, tuple[str, float, str, int]]) -> Job:
-        """Its record is written."""
-        job, lease = leased
-        if not job.deliveries:
-            self._waits.observe((lease[3] - job.created) / 1e6)
-        return self._move(job, job.leased(*lease, seq))
+        for place, job in enumerate(chosen):
+            if not job.deliveries:
+                self._waits.observe((self._wall - job.created) / 1e6)
+            chosen[place] = self._move(job, job.leased(*leases[place], first + 1 + place))
+        return chosen, first
 
     def _take_if_possible(self, claim: Claim | None) -> list[Job]:
         try:
@@ -4839,7 +4845,8 @@ class Planner:
 
 # What each request of a worker has of its own: without its job's id and lease token, its head is one of a few.
 _OWN = re.compile(rb"(POST /api/worker/[a-z]{4,8}/)([0-9a-f-]{36})\?lease_token=([0-9a-f]{16})(?=[& ])")
-_HANDSHAKE, _READING, _HELD, _LINGERING, _CLOSED = range(5)
+_CLOSED, _HANDSHAKE, _READING, _HELD, _LINGERING = range(5)
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Connection:
@@ -4879,7 +4886,7 @@ class Connection:
         self._started = self._lingered = 0
         self.state = _HANDSHAKE if server.tls else _READING
         self.deadline = server.now + (server.settings.header_timeout if server.tls else server.settings.idle_timeout)
-        self._events = selectors.EVENT_READ
+        self._events = _READ
         server.selector.register(sock, self._events, self.on_event)
         server.arm(self, self.deadline)
 
@@ -4889,9 +4896,9 @@ class Connection:
         try:
             if self.state == _HANDSHAKE:
                 self._shake_hands()
-            if mask & selectors.EVENT_WRITE and self.state != _CLOSED:
+            if mask != _READ and mask & _WRITE and self.state != _CLOSED:
                 self._flush()
-            if mask & selectors.EVENT_READ and self.state != _CLOSED:
+            if mask & _READ and self.state > _HANDSHAKE:
                 self._read()
         except OSError:
             self.close()
@@ -4903,12 +4910,12 @@ class Connection:
         try:
             self._sock.do_handshake()
         except ssl.SSLWantReadError:
-            self._listen(selectors.EVENT_READ)
+            self._listen(_READ)
         except ssl.SSLWantWriteError:
-            self._listen(selectors.EVENT_WRITE)
+            self._listen(_WRITE)
         else:
             self.state = _READING
-            self._listen(selectors.EVENT_READ)
+            self._listen(_READ)
 
     def _listen(self, events: int) -> None:
         """What the selector shall wait for; 0: nothing."""
@@ -4924,7 +4931,7 @@ class Connection:
         self._events = events
 
     def _read(self) -> None:
-        while self.state != _CLOSED and self.state != _HANDSHAKE:
+        while True:
             try:
                 data = self._sock.recv(65536)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -4939,9 +4946,9 @@ class Connection:
                 if self.state == _READING:
                     self._advance()
                 elif len(self._buffer) > 65536:  # it sends on without waiting for its answers: not further than this
-                    self._listen(self._events & ~selectors.EVENT_READ)
+                    self._listen(self._events & ~_READ)
                     return
-            if not self._server.tls or not self._sock.pending():
+            if not self._server.tls or self.state == _CLOSED or not self._sock.pending():
                 return
 
     def _hung_up(self) -> None:
@@ -4949,7 +4956,7 @@ class Connection:
         answering = self.state == _HELD and not (self._later and self._later.long)
         if answering or (self._out and not self._unsent):
             self._keep = False
-            self._listen(self._events & ~selectors.EVENT_READ)
+            self._listen(self._events & ~_READ)
         else:
             self.close()
 
@@ -5184,14 +5191,14 @@ class Connection:
             return False
         if sent < len(data):
             self._out = data[sent:]
-            self._listen(self._events | selectors.EVENT_WRITE)
+            self._listen(self._events | _WRITE)
             self._set_deadline(self._server.now + self._server.settings.body_timeout + len(data) / (16 * KIB))
         return True
 
     def _flush(self) -> None:
         data, self._out = self._out, b""
         if not data:
-            self._listen(selectors.EVENT_READ)
+            self._listen(_READ)
             return
         try:
             sent = self._sock.send(data)
@@ -5200,7 +5207,7 @@ class Connection:
         self._out = data[sent:]
         if not self._out:
             self._unsent = None
-            self._listen(selectors.EVENT_READ)
+            self._listen(_READ)
             if self.state == _LINGERING:
                 self._half_close()
             elif not self._keep:
@@ -5221,7 +5228,7 @@ class Connection:
         self.state = _LINGERING
         self._buffer.clear()
         self._set_deadline(self._server.now + 2)
-        self._listen(self._events | selectors.EVENT_READ)
+        self._listen(self._events | _READ)
         if not self._out:
             self._half_close()
 
@@ -5342,8 +5349,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        self.selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
+        self.selector.register(self.socket, _READ, self._accept)
+        self.selector.register(self._wake_in, _READ, self._woken)
 
     def server_bind(self) -> None:
         """Without the reverse look-up of the name that HTTPServer does."""
@@ -5474,7 +5481,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def expire(self, now: float) -> None:
         if self.socket.fileno() >= 0 and not self.stopping:
-            self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self.selector.register(self.socket, _READ, self._accept)
 
     def forget(self, connection: Connection) -> None:
         self.connections.discard(connection)
