@@ -611,12 +611,13 @@ def _terms_text(terms: Terms) -> str:
 
 def submit_text(job: Job, terms: Terms) -> str:
     """A new job as the text of a JSON object; the three records of every job are written without a dictionary."""
+    shared = _terms_text if len(terms.headers) <= 2048 else _terms_text.__wrapped__  # what is kept stays small
     text = _quote(job.payload.decode() if job.kind != "binary" else base64.b64encode(job.payload).decode())
     times = "" if job.state == "pending" else f',"state":"{job.state}","available":{job.available}'
     times += "" if job.expires is None else f',"expires":{job.expires}'
     return (
         f'{{"number":{job.number},"id":"{job.id}","created":{job.created},"kind":"{job.kind}","payload":{text},'
-        f"{_terms_text(terms)}{times}}}"
+        f"{shared(terms)}{times}}}"
     )
 
 
@@ -729,7 +730,7 @@ class Future:
         return self._state == _CANCELLED
 
     def add_done_callback(self, callback: Callable[[Future], None]) -> None:
-        """Call `callback(self)` once it has ended: now, or from the thread that ends it."""
+        """Call `callback(self)` once it has ended: now, or from the thread that ends it, in no order."""
         self._callbacks.append(callback)
         if self._state != _PENDING:
             self._call_back()
@@ -991,6 +992,7 @@ class Journal:
     """
 
     VERSION = 1
+    QUICK = 0.005  # seconds that a sync may take for the thread that leads to wait for it: it keeps others waiting
     IDLE = 0.2  # seconds without work after which the watermark itself is written, so that a later flip is found
 
     def __init__(
@@ -1186,13 +1188,11 @@ class Journal:
             self._since = self._clock.monotonic()
             if not (self._quick and self._leader == threading.get_ident()):
                 self._rouse()
-        if self.failure:  # it failed in between: nobody else will answer
-            future.set_exception(self.unknown(job_id))
+        if self.failure:  # it failed in between: the committing thread may be gone
+            threading.Thread(target=self._refuse_waiting, daemon=True).start()
         return False
 
     # -- one sync for all that wait for it: by the thread that leads, after its verbs; else by the committing thread
-
-    QUICK = 0.005  # seconds a sync may take for that: who waits on the disk in the serving thread keeps others waiting
 
     def lead(self) -> None:
         """This thread will call `commit` after each group of its verbs, so that nobody has to be woken for them."""
@@ -1203,7 +1203,8 @@ class Journal:
         return self._quick and bool(self._waiting)
 
     def commit(self) -> None:
-        """Sync for all that wait, and answer them."""
+        """Sync for all that wait, and answer them; leave it to the committing thread where the disk is slow, or where
+        that one is at it."""
         if self._waiting and self._quick and self._committing.acquire(blocking=False):
             try:
                 self._commit()
@@ -1212,12 +1213,12 @@ class Journal:
         if self._waiting:
             self._rouse()
 
-    def _commit(self) -> None:
-        """`_committing` is held."""
+    def _commit(self, idle: bool = False) -> None:
+        """`_committing` is held. `idle`: nothing happened for a while."""
         count, since = len(self._waiting), self._since
         if not self.failure:
             try:
-                self._sync(idle=not count and self.durable)
+                self._sync(idle)
             except OSError as error:
                 self._fail(error)
         if count:
@@ -1242,7 +1243,7 @@ class Journal:
             due = unmarked and (unmarked == self.seq or not self.durable)
             with self._committing:
                 if self._waiting or due:
-                    self._commit()
+                    self._commit(idle=not self._waiting and self.durable)
                 if switch:
                     self._switch_to(switch)
             if closing and not self._waiting:
@@ -1638,8 +1639,9 @@ class _Crowd:
         self.count += 1
         future.left = self.gone
         if len(self.gone) > 1000 + self.count // 2:
-            self.count -= len(self.gone)
-            self.gone.clear()
+            gone = len(self.gone)
+            del self.gone[:gone]  # not more: others may leave meanwhile
+            self.count -= gone
             self.sweep()
 
     def __len__(self) -> int:
@@ -1950,7 +1952,8 @@ class LocalEngine(Engine):
             job = self._move(job, job.completed(*end, seq))
             if late:
                 jobs = self._take_if_possible(claim)
-        if claim is None or jobs or not claim.wait or self._drained is not None:
+        # What is still in line then, the disk refused to lease.
+        if claim is None or jobs or not claim.wait or self._drained is not None or self._in_line(claim.queues):
             return self._promise(Outcome(job, duplicate, jobs[0] if jobs else None), seq, job_id)
         return self._stand_in_line(
             claim, lambda jobs, _: (Outcome(job, duplicate, jobs[0] if jobs else None), seq), job_id
@@ -1958,7 +1961,7 @@ class LocalEngine(Engine):
 
     @_verb
     def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
-        outcomes: list[Outcome | JobQueueError] = []
+        outcomes: list[Outcome | JobQueueError | None] = []
         batch: dict[str, tuple] = {}  # what is written with one write: place in `outcomes`, job, its end
         wall = self._wall
         for job_id, token, result, kind in results:
@@ -1968,7 +1971,9 @@ class LocalEngine(Engine):
                 job = self._find(job_id)
                 if self._may_complete(job, token):
                     batch[job_id] = len(outcomes), job, (token and job.token, wall, result, kind, None)
-                outcomes.append(Outcome(job, duplicate=True))  # it stands for the batched ones until they are written
+                    outcomes.append(None)
+                else:
+                    outcomes.append(Outcome(job, duplicate=True))
             except JobQueueError as error:
                 outcomes.append(error)
         self._complete_batch(batch, outcomes)
@@ -2016,7 +2021,7 @@ class LocalEngine(Engine):
 
     @_verb
     def peek(self, queues: tuple[str, ...]) -> Job | None:
-        return next(filter(None, (self._first(self._lanes.get(queue)) for queue in queues)), None)
+        return self._in_line(queues)
 
     @_verb
     def requeue(self, job_id: str) -> Future:
@@ -2209,7 +2214,7 @@ class LocalEngine(Engine):
         lease = self._new_lease(job, poll.claim)
         try:
             seq = self.journal.append(record, lease_record(job, *lease))
-        except JobQueueError:
+        except BaseException:
             poll.future.unclaim()
             raise
         job = self._accept(job.leased(*lease, seq))
@@ -2327,18 +2332,23 @@ class LocalEngine(Engine):
         return True
 
     def _complete_batch(self, batch: dict[str, tuple], outcomes: list[Outcome | JobQueueError]) -> None:
-        """Complete these with one write; their outcomes take their places."""
-        if not batch:
+        """Complete these with one write, or one by one where the disk has no room for all; their outcomes take their
+        places."""
+        ends = list(batch.values())
+        batch.clear()
+        if not ends:
             return
         try:
-            last = self.journal.append(*[complete_record(job, *end) for _, job, end in batch.values()], urgent=True)
+            last = self.journal.append(*[complete_record(job, *end) for _, job, end in ends], urgent=True)
         except JobQueueError as error:
-            for place, _, _ in batch.values():
-                outcomes[place] = error
-        else:
-            for seq, (place, job, end) in enumerate(batch.values(), last - len(batch) + 1):
-                outcomes[place] = Outcome(self._move(job, job.completed(*end, seq)))
-        batch.clear()
+            if len(ends) == 1:
+                outcomes[ends[0][0]] = error
+            else:
+                for one in ends:
+                    self._complete_batch({one[1].id: one}, outcomes)
+            return
+        for seq, (place, job, end) in enumerate(ends, last - len(ends) + 1):
+            outcomes[place] = Outcome(self._move(job, job.completed(*end, seq)))
 
     def _forget_old(self) -> None:
         """Drop finished jobs that are past their time, or too many, or too large together; the oldest first."""
@@ -2432,6 +2442,14 @@ class LocalEngine(Engine):
                 return job
         return None
 
+    def _in_line(self, queues: tuple[str, ...]) -> Job | None:
+        """The job that a poll of these queues would get."""
+        for queue in queues:
+            job = self._first(self._lanes.get(queue))
+            if job is not None:
+                return job
+        return None
+
     def _choose(self, claim: Claim | None) -> list[Job]:
         """Take the jobs that a claim gets out of their lines."""
         chosen: list[Job] = []
@@ -2452,21 +2470,17 @@ class LocalEngine(Engine):
         chosen = self._choose(claim)
         if not chosen:
             return chosen, self.journal.append(*before, urgent=True) if before else 0
-        leases, records = [], list(before)
-        for job in chosen:
-            lease = self._new_lease(job, claim)
-            leases.append(lease)
-            records.append(lease_record(job, *lease))
         try:
-            last = self.journal.append(*records, urgent=True)
-        except JobQueueError:
+            leases = [self._new_lease(job, claim) for job in chosen]
+            records = [lease_record(job, *lease) for job, lease in zip(chosen, leases, strict=True)]
+            last = self.journal.append(*before, *records, urgent=True)
+        except BaseException as error:
             for job in chosen:
                 self._line_up(self._lanes[job.queue], job)
-            if len(chosen) > 1:  # perhaps the disk takes one
-                return self._take(claim._replace(max=1), *before)
-            if before:  # or at least these
-                return [], self.journal.append(*before, urgent=True)
-            raise
+            if not isinstance(error, JobQueueError) or len(chosen) + len(before) == 1:
+                raise
+            # Perhaps the disk takes fewer.
+            return self._take(claim._replace(max=1) if len(chosen) > 1 else None, *before)
         first = last - len(chosen)
         for place, job in enumerate(chosen):
             if not job.deliveries:
@@ -3343,7 +3357,15 @@ def _string(text: str | None) -> str | None:
         return None
     if text[0] != '"':
         raise JobQueueError("invalid_request", f"{_RESULT}; wrong: {text[:100]}")
-    return json.loads(text) if "\\" in text else text[1:-1]
+    if "\\" not in text:
+        return text[1:-1]
+    value = json.loads(text)
+    if not value.isascii():
+        with contextlib.suppress(UnicodeEncodeError):
+            value.encode()
+            return value
+        raise JobQueueError("invalid_request", f"{_RESULT}; wrong: half a surrogate pair")
+    return value
 
 
 def _members(text: str, at: int) -> tuple[dict[str, str], int]:
@@ -4725,7 +4747,8 @@ class _Chunks:
 
 
 class Plan:
-    """What the head of a request asks for, as far as it was understood. It is kept by the bytes of the head."""
+    """What the head of a request asks for, as far as it was understood. It is kept by the bytes of the head, of those
+    of workers' calls without what each has of its own."""
 
     __slots__ = (
         "head",
@@ -4765,13 +4788,13 @@ class Planner:
         self._scheme = "https://" if settings.tls_cert else "http://"
         self._head_of = functools.lru_cache(1024)(Head)  # it keeps no exceptions, so no refused ones
 
-    def no_plan(self) -> Plan:
-        """Of what is refused before its head is whole."""
+    def blank(self) -> Plan:
+        """The plan of what is refused before its head is whole."""
         return Plan(self.seen["-", "-"])
 
     def plan(self, block: bytes, peer: str) -> Plan:
         """The plan of a head, which ends in CR LF. Raises JobQueueError, with its `plan`."""
-        plan = self.no_plan()
+        plan = self.blank()
         try:
             self._parse(block, peer, plan)
         except JobQueueError as error:
@@ -4824,10 +4847,10 @@ class Planner:
         parameters = parse_query(query, route.parameters) if mark else {}
         plan.token = parameters.get("lease_token")
         asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
-        if route.prepare:
-            asked.prepared = getattr(self._api, route.prepare)(asked)
         plan.handle, plan.holds = getattr(self._api, route.handler), route.scope != "worker"
         plan.limit = self._limits[route.body]
+        if route.prepare:
+            asked.prepared = getattr(self._api, route.prepare)(asked)
 
     def _admit(self, route: Route, head: Head) -> None:
         """Who may: by token; without tokens, whoever is not led here by a web page of another site."""
@@ -5333,7 +5356,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.usual_head = min(2048, settings.max_headers)  # bytes of a head whose plan is kept
         self.tls = tls_context(settings)
         self._planner = Planner(settings, service.access, Router(routes), api)
-        self.no_plan, self.requests = self._planner.no_plan(), self._planner.seen
+        self.no_plan, self.requests = self._planner.blank(), self._planner.seen
         self._known_plan = functools.lru_cache(1024)(self._planner.plan)
         self._known_kind = functools.lru_cache(1024)(self._plan_of_kind)
         self.selector, self.timers, self._due = selectors.DefaultSelector(), Timers(), math.inf
@@ -5381,15 +5404,15 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 log.exception("serving_failed")
             while self._posted:
                 self._run(self._posted.popleft())
+            if self.now >= self._due:
+                while (timed := self.timers.pop_due(self.now)) is not None:
+                    self._run(timed.expire, self.now)
+                self._due = self.timers.first()
             if not uncommitted:
                 uncommitted, since = self._engine.uncommitted(), self.now
             elif not events or self.now - since > self.GATHER:
                 self._run(self._engine.commit)
                 uncommitted = False
-            if self.now >= self._due:
-                while (timed := self.timers.pop_due(self.now)) is not None:
-                    self._run(timed.expire, self.now)
-                self._due = self.timers.first()
         self._serving = 0
 
     @staticmethod
@@ -5414,6 +5437,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         return plan, plan.job_id, plan.token
 
     def _plan_of_kind(self, start: bytes, end: bytes, peer: str) -> Plan:
+        """The plan that all heads share which differ in job and lease token alone: any id and token stand for them."""
         return self._planner.plan(start + b"0?lease_token=0" + end, peer)
 
     def arm(self, timed: Connection | HTTPServer, when: float) -> None:
@@ -5509,9 +5533,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def process_request_thread(self, request: tuple[Plan, Request], connection: Connection) -> None:
         """A thread of its own for a slow handler; ThreadingMixIn.process_request starts it."""
-        plan, asked = request
+        plan, request = request
         try:
-            answer = plan.handle(asked)
+            answer = plan.handle(request)
         except Exception as error:
             answer = self.failed(error)
         self.post(functools.partial(connection.take, answer))
@@ -5594,7 +5618,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 # == gRPC ==============================================================================================================
 # The worker service: message -> verb -> message. grpcio is imported when a server starts with gRPC, so that without
 # it the rest runs. Its threads are the only ones that park for a long poll; fewer may park than there are, so that a
-# completion always finds one.
+# completion always finds one, if after a moment (_Pool).
 
 
 class GrpcUnavailable(Exception):
@@ -5612,52 +5636,80 @@ def _import_grpc() -> tuple[Any, Any, Any]:
 
 
 class _Pool(concurrent_futures.ThreadPoolExecutor):
-    """Threads of which a few run at a time, since more would only pass the interpreter lock around. One that is about
-    to wait says so, and another runs instead."""
+    """Threads of which two run at a time, since more would only pass the interpreter lock around. One that is about to
+    wait says so, and another runs instead. Those that are stuck with a caller who does not send what he announced
+    (grpcio receives in these threads) cannot say so: when nothing has moved for a while, one more may run."""
 
-    RUNNING = 2
+    RUNNING, STUCK = 2, 0.02  # threads; seconds
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, clock: Clock) -> None:
         super().__init__(threads, "jobqueue-grpc")
-        self._turns = threading.Lock()
-        self._running, self._calls = 0, collections.deque()
+        self._clock = clock
+        self._calls: collections.deque[tuple[concurrent_futures.Future, Callable]] = collections.deque()
+        self._running, self._limit, self._taken, self._ended = 0, self.RUNNING, 0, False
+        self._queued = threading.Condition(threading.Lock())  # notified when a call has to wait for its turn
+        threading.Thread(target=self._oversee, name="jobqueue-grpc-overseer", daemon=True).start()
 
     def submit(self, call: Callable, /, *args: Any, **named: Any) -> concurrent_futures.Future:
         future: concurrent_futures.Future = concurrent_futures.Future()
-        self._calls.append((future, functools.partial(call, *args, **named)))
+        with self._queued:
+            self._calls.append((future, functools.partial(call, *args, **named)))
         self._start_another()
         return future
 
     def _start_another(self) -> None:
-        with self._turns:
-            if self._running >= self.RUNNING or not self._calls:
-                return
-            self._running += 1
-        super().submit(self._run)
+        with self._queued:
+            start = self._running < self._limit and bool(self._calls)
+            self._running += start
+            if len(self._calls) == 1 and not start:
+                self._queued.notify()
+        if start:
+            super().submit(self._run)
 
     def _run(self) -> None:
         while True:
-            with self._turns:
-                if self._running > self.RUNNING or not self._calls:
+            with self._queued:
+                if self._running > self._limit or not self._calls:
                     self._running -= 1
                     return
                 future, call = self._calls.popleft()
+                self._taken += 1
             if future.set_running_or_notify_cancel():
+                began = self._clock.monotonic()
                 try:
                     future.set_result(call())
                 except BaseException as error:
                     future.set_exception(error)
+                if self._clock.monotonic() - began > self.STUCK:  # perhaps it was taken for stuck
+                    self._limit = max(self.RUNNING, self._limit - 1)
+
+    def _oversee(self) -> None:
+        while not self._ended:
+            with self._queued:
+                if not (self._calls or self._ended):
+                    self._queued.wait()
+                taken = self._taken
+                stuck = not self._queued.wait(self.STUCK) and bool(self._calls) and self._taken == taken
+                self._limit += stuck
+            if stuck:
+                self._start_another()
+
+    def shutdown(self, *args: Any, **named: Any) -> None:
+        with self._queued:
+            self._ended = True
+            self._queued.notify()
+        super().shutdown(*args, **named)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """While the thread that runs this waits."""
-        with self._turns:
+        with self._queued:
             self._running -= 1
         self._start_another()
         try:
             yield
         finally:
-            with self._turns:
+            with self._queued:
                 self._running += 1
 
 
@@ -5851,15 +5903,15 @@ class GrpcServer:
         self._service, self._clock = service, clock
         self.requests: dict[tuple[str, str], Histogram] = {}
         self._counting = threading.Lock()
-        pool = _Pool(settings.grpc_threads)
-        servicer = WorkerServicer(service, settings, messages, pool)
+        self._pool = _Pool(settings.grpc_threads, clock)
+        servicer = WorkerServicer(service, settings, messages, self._pool)
         limit = settings.max_batch + 64 * KIB
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
         ]
-        self._server = self._grpc.server(pool, options=options)
+        self._server = self._grpc.server(self._pool, options=options)
         self._add_service(servicer, messages, stubs)
         self._health = self._add_health()
         self._add_reflection(messages)
@@ -5950,6 +6002,7 @@ class GrpcServer:
 
     def stop(self, seconds: float) -> None:
         self._server.stop(seconds).wait()
+        self._pool.shutdown(wait=False)
 
 
 # == Server ============================================================================================================
@@ -5975,6 +6028,8 @@ class Server:
         self._drained = threading.Event()  # set when no job is in progress any more, or nobody wants to wait for it
         self._on_failure: list[Callable[[], None]] = []
         self._stopping = threading.Lock()
+        # Threads that tell programs of results: what hangs in a callback of theirs holds up nobody else.
+        self._tellers = concurrent_futures.ThreadPoolExecutor(32, "jobqueue-tell")
         self._grpc: GrpcServer | None = None
         self._started = False
 
@@ -6089,7 +6144,7 @@ class Server:
         data = payload.encode() if isinstance(payload, str) else payload
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
         terms = self.service.terms(json_text(headers or {}), options, key)
-        return _result_future(self.service.submit(data, terms, None))
+        return _result_future(self.service.submit(data, terms, None), self._tellers)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; JobQueueError when there is none, or it has come to its end."""
@@ -6134,6 +6189,7 @@ class Server:
             self._http.abort()
             self._thread.join()
             self._http.server_close()
+            self._tellers.shutdown(wait=False)
             self.stopped.set()
             log.info("stopped data=%s", self.settings.data_dir)
 
@@ -6195,12 +6251,12 @@ def _checked_option(name: str, value: Any) -> Any:
     return _MANY[name][0](name, value)
 
 
-def _result_future(answer: Future) -> concurrent_futures.Future:
-    """A future of the standard library, which asyncio.wrap_future takes too."""
+def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> concurrent_futures.Future:
+    """A future of the standard library, which asyncio.wrap_future takes too; a thread of `tellers` ends it."""
     future: concurrent_futures.Future = concurrent_futures.Future()
     future.job_id = answer.job_id
 
-    def tell(answer: Future) -> None:
+    def tell() -> None:
         if not future.set_running_or_notify_cancel():
             return
         error = answer.exception()
@@ -6215,7 +6271,7 @@ def _result_future(answer: Future) -> concurrent_futures.Future:
         else:
             future.set_result(job.result)
 
-    answer.add_done_callback(tell)
+    answer.add_done_callback(lambda _: tellers.submit(tell))
     return future
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import struct
+import threading
 
 import pytest
 
@@ -354,6 +355,27 @@ def test_a_poller_over_grpc_whose_deadline_is_over_leaves_the_line(server, clien
         worker.stub.RequestJob(worker._request(wait=300), timeout=0.2)
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(lambda: client.stats()["waiting_workers"] == 0, timeout=2)
+
+
+def test_callers_over_grpc_that_never_send_their_message_hold_up_nobody(server, client):
+    import grpc
+
+    worker, ended = WORKERS["grpc"](server), threading.Event()
+
+    def nothing():
+        ended.wait(60)
+        yield from ()
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        try:
+            for _ in range(12):
+                channel.stream_unary("/worker.WorkerService/RequestJob").future(nothing(), timeout=60)
+            for number in range(5):
+                job_id = client.put(str(number))
+                assert worker.stub.RequestJob(worker._request(), timeout=5).id == job_id
+                assert worker.stub.CompleteJob(worker.pb.JobResult(job_id=job_id, payload="1"), timeout=5).success
+        finally:
+            ended.set()
 
 
 def test_a_job_that_comes_while_a_poller_hangs_up_goes_to_the_next(server, client):

@@ -526,3 +526,34 @@ def test_a_program_and_its_server_stop_while_a_loop_waits(start, serve):
     server.stop(drain=0)
     for future in working:
         assert future.result(10) is None
+
+
+# == Callbacks
+
+
+def test_a_callback_that_hangs_holds_up_nobody_else(start):
+    """It runs in no thread that serves, syncs or holds a lock; even what waits for a sync may be called there."""
+    server, gate = start(), threading.Event()
+    seen = []
+
+    def callback(future):
+        server.cancel(other.job_id)
+        seen.append(future.result())
+        gate.wait(20)
+
+    other = server.submit(b"2", queue="other")
+    first = server.submit(b"1")
+    first.add_done_callback(callback)
+    worker = HTTP(server)
+    worker.complete(worker.poll(), b"done")
+    wait_until(lambda: seen)
+    try:
+        assert seen == [b"done"]
+        second = server.submit(b"3")
+        worker.complete(worker.poll(), b"too")
+        assert second.result(5) == b"too"
+        assert ok(Client(server).call("GET", "/health")) == {"status": "ok"}
+    finally:
+        gate.set()
+    with pytest.raises(jobqueue.JobQueueError, match="cancelled"):
+        other.result(5)

@@ -1212,6 +1212,42 @@ def test_a_poll_that_takes_several_keeps_those_that_the_disk_took(make_queue):
     assert queue.complete(jobs[0]).job.state == "completed"
 
 
+def test_a_batch_of_results_keeps_those_that_the_disk_took(make_queue):
+    queue = make_queue(fsync="never")
+    queue.submit_many(5)
+    jobs = queue.wait_for(max=5, wait=0).result(PATIENCE)
+    results = [(job.id, job.token, b"1" * 1_000, "json") for job in jobs]
+    with full_disk(queue, 3_000):
+        outcomes = queue.engine.complete_many(results).result(PATIENCE)
+        assert [getattr(outcome, "code", "taken") for outcome in outcomes] == ["taken"] * 2 + ["disk_full"] * 3
+    assert [queue.state(job) for job in jobs] == ["completed"] * 2 + ["processing"] * 3
+    outcomes = queue.engine.complete_many(results).result(PATIENCE)
+    assert [outcome.duplicate for outcome in outcomes] == [True] * 2 + [False] * 3
+
+
+def test_a_worker_does_not_wait_for_a_job_beside_one_that_the_disk_refuses_to_lease(make_queue):
+    queue = make_queue(fsync="never")
+    job, other = queue.bring_to("processing"), queue.submit()
+    with full_disk(queue, 290):
+        outcome = queue.complete(job, claim=Claim(wait=100)).result(PATIENCE)
+    assert (outcome.job.state, outcome.next) == ("completed", None)
+    assert queue.take().id == other.id
+
+
+def test_what_cannot_be_written_as_text_takes_no_poll_and_no_job_along(make_queue):
+    queue = make_queue()
+    waiter = queue.wait_for()
+    with pytest.raises(UnicodeEncodeError):
+        queue.submit(headers='{"X": "\ud800"}')
+    assert queue.engine.stats()["total"] == 0
+    job = queue.submit()
+    assert [given.id for given in waiter.result(PATIENCE)] == [job.id]
+    other = queue.submit()
+    with pytest.raises(UnicodeEncodeError):
+        queue.take(worker="\ud800")
+    assert queue.take().id == other.id
+
+
 def test_a_completion_that_the_disk_took_is_told_even_if_the_next_job_cannot_be_leased(make_queue):
     queue = make_queue(fsync="never")
     job, other = queue.bring_to("processing"), queue.submit()

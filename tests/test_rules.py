@@ -345,6 +345,40 @@ def jobs(draw) -> jobqueue.Job:
     )  # fmt: skip
 
 
+@given(jobs(), maybe(words), spans, utf8, moments, bodies, maybe(utf8))
+def test_the_ways_of_every_job_are_those_of_the_table(job, token, seconds, worker, moment, body, content_type):
+    """Spelled out in the code, as values and as records; both must be what the general way makes."""
+    job = job._replace(state="pending")
+    leased = job.leased("token", seconds, worker, moment, 8)
+    lease = {
+        "token": "token", "lease_seconds": seconds, "settled": None, "worker": worker, "started": moment,
+        "deliveries": job.deliveries + 1,
+    }  # fmt: skip
+    assert leased == moved(job, "lease", **lease, record=8)
+    record = json.loads(jobqueue.lease_record(job, "token", seconds, worker, moment))
+    assert record == {"op": "lease", "id": job.id, **lease}
+    end = {"settled": "complete", "finished": moment, "result": body[0], "result_kind": body[1]}
+    ended = leased.completed(token, moment, *body, content_type, 9)
+    assert ended == moved(leased, "complete", **end, token=token, content_type=content_type, record=9)
+    record = json.loads(jobqueue.complete_record(leased, token, moment, *body, content_type))
+    assert moved(leased, record.pop("op"), **jobqueue.unpack({**record, "id": job.id})) == ended._replace(
+        record=8, token=None if token is None else "token",
+        content_type=job.content_type if content_type is None else content_type,
+    )  # fmt: skip
+    assert job.recorded(5) == job._replace(record=5)
+
+
+@given(jobs())
+def test_a_new_job_comes_back_from_its_record_as_it_was(job):
+    kept = {name: value for name, value in job._asdict().items() if name in jobqueue.Terms._fields}
+    plain = job._replace(**{name: jobqueue.Job._field_defaults[name] for name in jobqueue.Job._fields[12:]})
+    new = plain._replace(delay=job.delay, expires=job.expires)
+    if job.delay:
+        new = new._replace(state="delayed", available=job.created)
+    record = json.loads(jobqueue.submit_text(new, jobqueue.Terms(**kept)))
+    assert jobqueue.Job(**jobqueue.unpack(record)) == new
+
+
 @given(jobs())
 def test_a_job_comes_back_from_its_record_as_it_was(job):
     body = jobqueue.json_text({"op": "job", **jobqueue.pack_job(job)})

@@ -441,7 +441,8 @@ BROKEN = [
     '{"results": [{"job_id": "ID", "payload": 1;}]}', '{"results": [{"job_id": "ID", "payload": 1,}]}',
     '{"results": [{"job_id": "ID", "other": 1}]}', '{"results": [{"job_id": "ID"}], "more": 1}',
     '{"more": 1, "results": [{"job_id": "ID"}]}', '{"results": [{"job_id": "ID", "lease_token": "\x01"}]}',
-    '{"results": [{"job_id": "ID", "lease_token": "\\x"}]}', '{"results": [{,"job_id": "ID"}]}',
+    '{"results": [{"job_id": "ID", "lease_token": "\\x"}]}', '{"results": [{"job_id": "\\ud800"}]}',
+    '{"results": [{,"job_id": "ID"}]}',
 ]
 
 
