@@ -21,9 +21,12 @@ pytestmark = FIGURES
 
 
 def killed_rounds(starts, load, rng, rounds, *flags, most=400, before_kill=lambda server: None):
-    """Start, load, kill -9 at a random moment, so many times, always on the same folder."""
+    """Start, load, kill -9 at a random moment, so many times, always on the same folder.
+
+    However seldom it syncs: what was written survives the process.
+    """
     for _ in range(rounds):
-        server = starts.start(*flags)
+        server = starts.start(*flags, "--fsync", rng.choice(("always", "always", "interval", "never")))
         load.start(server.port)
         enough = len(load.history.calls) + rng.randint(30, most)
         wait_until(lambda enough=enough: len(load.history.calls) >= enough, what="the load to run")
