@@ -440,7 +440,10 @@ def fail_a_compaction(starts, load, data, fault, name):
     wire, rng = Wire(server.port), random.Random(load.seed)
     load.act("client_async", wire, rng)
     with traced(server, fault, paths=[data / name]) as trace, contextlib.suppress(Cut):
-        for _ in range(100):
+        # A compaction in which nothing is appended meanwhile has but one write.
+        for number in range(500):
+            if number % 20 == 19:
+                load.act("client_async", wire, rng)
             load.act("worker_fail_at_length", wire, rng, lease=15)
             if "(INJECTED)" in trace.text():
                 break
