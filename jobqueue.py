@@ -569,11 +569,14 @@ else:
     json_text = _encoder.encode
 
 
+def as_text(kind: str, data: bytes) -> str:
+    """A payload as text: base64 where it is binary."""
+    return data.decode() if kind != "binary" else base64.b64encode(data).decode()
+
+
 def as_json(kind: str, data: bytes) -> str:
-    """A payload as a JSON value: verbatim where it is JSON, else a string (of base64 where it is binary)."""
-    if kind == "json":
-        return data.decode()
-    return json_text(data.decode() if kind == "text" else base64.b64encode(data).decode())
+    """A payload as a JSON value: verbatim where it is JSON, else a string."""
+    return data.decode() if kind == "json" else _quote(as_text(kind, data))
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -588,7 +591,7 @@ def pack(fields: dict[str, Any]) -> dict[str, Any]:
     for name, kind in _BODIES:
         data = fields.get(name)
         if data is not None:
-            fields[name] = data.decode() if fields[kind] != "binary" else base64.b64encode(data).decode()
+            fields[name] = as_text(fields[kind], data)
     return fields
 
 
@@ -612,12 +615,11 @@ def _terms_text(terms: Terms) -> str:
 def submit_text(job: Job, terms: Terms) -> str:
     """A new job as the text of a JSON object; the three records of every job are written without a dictionary."""
     shared = _terms_text if len(terms.headers) <= 2048 else _terms_text.__wrapped__  # what is kept stays small
-    text = _quote(job.payload.decode() if job.kind != "binary" else base64.b64encode(job.payload).decode())
     times = "" if job.state == "pending" else f',"state":"{job.state}","available":{job.available}'
     times += "" if job.expires is None else f',"expires":{job.expires}'
     return (
-        f'{{"number":{job.number},"id":"{job.id}","created":{job.created},"kind":"{job.kind}","payload":{text},'
-        f"{shared(terms)}{times}}}"
+        f'{{"number":{job.number},"id":"{job.id}","created":{job.created},"kind":"{job.kind}",'
+        f'"payload":{_quote(as_text(job.kind, job.payload))},{shared(terms)}{times}}}'
     )
 
 
@@ -633,12 +635,11 @@ def complete_record(
     job: Job, token: str | None, finished: int, result: bytes, kind: str, content_type: str | None
 ) -> str:
     """What `Job.completed` makes of a job."""
-    text = _quote(result.decode() if kind != "binary" else base64.b64encode(result).decode())
     extra = ',"token":null' if token is None and job.token is not None else ""
     extra += "" if content_type is None else f',"content_type":{_quote(content_type)}'
     return (
-        f'{{"op":"complete","id":"{job.id}","settled":"complete","finished":{finished},"result":{text},'
-        f'"result_kind":"{kind}"{extra}}}'
+        f'{{"op":"complete","id":"{job.id}","settled":"complete","finished":{finished},'
+        f'"result":{_quote(as_text(kind, result))},"result_kind":"{kind}"{extra}}}'
     )
 
 
@@ -2190,8 +2191,7 @@ class LocalEngine(Engine):
         self._order.add(job.number, job.id)
         if job.key is not None:
             self._keys[job.key] = job.id
-        self._unfinished += 1
-        self._unfinished_bytes += job.size
+        self._weigh(job)
         self._enter(job, job.created)
         return job
 
@@ -2268,7 +2268,7 @@ class LocalEngine(Engine):
             self._kept[job.state == "failed"].pop(job.id, None)
 
     def _weigh(self, job: Job) -> None:
-        """Count a job that was there before the start, and its bytes."""
+        """Count a job that comes, and its bytes."""
         if job.state in FINAL:
             self._finished_bytes += job.final_size
         else:
@@ -5644,72 +5644,83 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
 
     def __init__(self, threads: int, clock: Clock) -> None:
         super().__init__(threads, "jobqueue-grpc")
-        self._clock = clock
+        self._clock, self._most = clock, threads
         self._calls: collections.deque[tuple[concurrent_futures.Future, Callable]] = collections.deque()
         self._running, self._limit, self._taken, self._ended = 0, self.RUNNING, 0, False
-        self._queued = threading.Condition(threading.Lock())  # notified when a call has to wait for its turn
+        self._turns = threading.Condition(threading.Lock())
+        self._unwatched = False  # is the overseer asleep? Then it is notified when a call has to wait
         threading.Thread(target=self._oversee, name="jobqueue-grpc-overseer", daemon=True).start()
 
     def submit(self, call: Callable, /, *args: Any, **named: Any) -> concurrent_futures.Future:
         future: concurrent_futures.Future = concurrent_futures.Future()
-        with self._queued:
-            self._calls.append((future, functools.partial(call, *args, **named)))
+        self._calls.append((future, functools.partial(call, *args, **named)))
         self._start_another()
         return future
 
     def _start_another(self) -> None:
-        with self._queued:
+        with self._turns:
             start = self._running < self._limit and bool(self._calls)
             self._running += start
-            if len(self._calls) == 1 and not start:
-                self._queued.notify()
+            if not start:
+                self._have_watched()
         if start:
             super().submit(self._run)
 
     def _run(self) -> None:
+        took = 0.0
         while True:
-            with self._queued:
+            with self._turns:
+                if took > self.STUCK:  # perhaps it was taken for stuck
+                    self._limit = max(self.RUNNING, self._limit - 1)
                 if self._running > self._limit or not self._calls:
                     self._running -= 1
+                    self._have_watched()
                     return
                 future, call = self._calls.popleft()
                 self._taken += 1
+            began = self._clock.monotonic()
             if future.set_running_or_notify_cancel():
-                began = self._clock.monotonic()
                 try:
                     future.set_result(call())
                 except BaseException as error:
                     future.set_exception(error)
-                if self._clock.monotonic() - began > self.STUCK:  # perhaps it was taken for stuck
-                    self._limit = max(self.RUNNING, self._limit - 1)
+            took = self._clock.monotonic() - began
+
+    def _have_watched(self) -> None:
+        """Calls that wait must not depend on threads that may be stuck."""
+        if self._calls and self._unwatched:
+            self._turns.notify()
 
     def _oversee(self) -> None:
         while not self._ended:
-            with self._queued:
+            with self._turns:
                 if not (self._calls or self._ended):
-                    self._queued.wait()
+                    self._unwatched = True
+                    self._turns.wait()
+                    self._unwatched = False
                 taken = self._taken
-                stuck = not self._queued.wait(self.STUCK) and bool(self._calls) and self._taken == taken
-                self._limit += stuck
+                self._turns.wait(self.STUCK)
+                stuck = bool(self._calls) and self._taken == taken
+                self._limit = min(self._most, self._limit + stuck)
             if stuck:
                 self._start_another()
 
     def shutdown(self, *args: Any, **named: Any) -> None:
-        with self._queued:
+        with self._turns:
             self._ended = True
-            self._queued.notify()
+            self._turns.notify()
         super().shutdown(*args, **named)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """While the thread that runs this waits."""
-        with self._queued:
+        with self._turns:
             self._running -= 1
         self._start_another()
         try:
             yield
         finally:
-            with self._queued:
+            with self._turns:
                 self._running += 1
 
 

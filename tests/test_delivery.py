@@ -378,6 +378,29 @@ def test_callers_over_grpc_that_never_send_their_message_hold_up_nobody(server, 
             ended.set()
 
 
+def test_a_call_does_not_wait_for_those_that_are_stuck():
+    """Whenever it came: also before any thread has begun with the others."""
+    begin, ended = threading.Event(), threading.Event()
+
+    class SlowToBegin(jobqueue._Pool):
+        def _run(self):
+            begin.wait(60)
+            super()._run()
+
+    pool = SlowToBegin(64, jobqueue.Clock())
+    try:
+        for _ in range(10):
+            pool.submit(ended.wait, 60)
+        last = pool.submit(lambda: "done")
+        begin.set()
+        assert last.result(20) == "done"
+        assert pool.submit(lambda: "too").result(20) == "too"
+    finally:
+        begin.set()
+        ended.set()
+        pool.shutdown(wait=True)
+
+
 def test_a_job_that_comes_while_a_poller_hangs_up_goes_to_the_next(server, client):
     """The submit follows the hang-up at once, before anybody can have noticed it."""
     worker = WORKERS["http"](server)

@@ -13,8 +13,8 @@ from checker import Cut, History, Load, Wire, check, clear, payload_bytes, serve
 from rigs import COMPACT, FIGURES, LATE_WRITE, LONG, QuickStarts, build_shim, grow, needs, our_files, traced
 from support import DidNotStart, call, wait_until
 
-ROUNDS = 500 if LONG else 12
-ROUNDS_A_FOLDER = 20 if LONG else 12  # then all is drained and checked, and a new folder begun
+ROUNDS = 500 if LONG else 20
+ROUNDS_A_FOLDER = 20  # then all is drained and checked, and a new folder begun
 LOADS = 5 if LONG else 1  # different loads for the kills at every system call
 
 pytestmark = FIGURES

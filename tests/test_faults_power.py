@@ -27,7 +27,7 @@ from rigs import (
 )
 from support import DidNotStart, wait_until
 
-CUTS = 500 if LONG else 30
+CUTS = 500 if LONG else 50
 COMPACTION_CUTS = 100 if LONG else 10
 CONTROL_CUTS = 10  # nearly every one loses something
 CUTS_A_HISTORY = 3  # then all is cleared, which must hold over the next cut as well

@@ -10,8 +10,8 @@ from fuzz_http import CANARY, message_of, outline, run, send
 from http_cases import CASES, KEEPS
 from support import start_server
 
-SECONDS = 5
-ROUNDS = 4  # of which each loses it in one of ten cases, on a server that may lose it
+SECONDS = 10
+ROUNDS = 8  # of which each loses it in one of ten cases, on a server that may lose it
 COUNT = int(os.environ.get("JOBQUEUE_FUZZ") or 5_000)  # at least, however slow the machine
 
 

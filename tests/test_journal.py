@@ -1097,8 +1097,11 @@ def test_without_syncs_the_watermark_stays(make_queue, clock):
     opened = queue.engine.journal.synced
     for _ in range(4):
         queue.submit()
+        wait_until(lambda: clock.sleepers() == 2)
         clock.advance(100)
+    wait_until(lambda: clock.sleepers() == 2)
     assert queue.engine.journal.synced == opened
+    assert queue.engine.journal.seq == opened + 4
 
 
 def test_a_pause_in_the_work_writes_the_watermark_so_that_a_later_flip_is_found(make_queue, clock):

@@ -32,7 +32,7 @@ from engine_contract import batch, submission
 from jobqueue import Claim, JobQueueError
 
 # Hypothesis shrinks a failure best, and takes four times as long for a step as the engine and the model together.
-STEPS_BY_HYPOTHESIS, STEPS_BY_CHANCE, LONG_STEPS = 6_000, 24_000, 2_000_000
+STEPS_BY_HYPOTHESIS, STEPS_BY_CHANCE, LONG_STEPS = 8_000, 42_000, 2_000_000
 FINAL = ("completed", "failed", "expired", "cancelled")
 LEASE, KEEP, KEEP_FAILED, KEEP_JOBS, MAX_JOBS = 30, 100, 200, 6, 25
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
