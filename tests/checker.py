@@ -23,6 +23,7 @@ import random
 import socket
 import threading
 import time
+import urllib.parse
 
 FINAL = {"completed", "failed", "expired", "cancelled"}
 NUMBERS = itertools.count(1)
@@ -116,6 +117,126 @@ class Wire:
         return found
 
 
+class GrpcWire(Wire):
+    """The same for a worker, over gRPC: its routes become calls, and what is answered looks as over HTTP."""
+
+    HTTP = {"NOT_FOUND": 404, "FAILED_PRECONDITION": 409, "INVALID_ARGUMENT": 400}  # statuses
+
+    def __init__(self, port, grpc_port, timeout=30):
+        super().__init__(port, timeout)
+        from worker_pb2_gen import worker_pb2
+
+        self.grpc_port, self.channel, self.pb = grpc_port, None, worker_pb2
+
+    def request(self, method, path, body=b"", headers=None):
+        path, _, query = path.partition("?")
+        if not path.startswith("/api/worker/"):
+            return super().request(method, path, body, headers)
+        given = dict(urllib.parse.parse_qsl(query))
+        verb, _, job_id = path.removeprefix("/api/worker/").partition("/")
+        return getattr(self, f"_{verb}")(job_id, given, body)
+
+    def send(self, method, path, body=b"", headers=None):
+        """A poll is sent over gRPC; close() hangs up on it."""
+        path, _, query = path.partition("?")
+        if path != "/api/worker/poll":
+            return super().send(method, f"{path}?{query}", body, headers)
+        try:
+            self._stub().RequestJob.future(self._asks(dict(urllib.parse.parse_qsl(query))), timeout=self.timeout)
+        except ValueError as error:  # stop() closed the channel
+            raise Cut(repr(error)) from None
+
+    def close(self):
+        super().close()
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.close()
+
+    def _stub(self):
+        import grpc
+
+        from worker_pb2_gen.worker_pb2_grpc import WorkerServiceStub
+
+        channel = self.channel
+        if channel is None:
+            # Connections would be shared, also dead ones; and nothing is sent a second time.
+            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+            self.channel = channel = grpc.insecure_channel(f"127.0.0.1:{self.grpc_port}", options)
+        return WorkerServiceStub(channel)
+
+    def _call(self, name, message):
+        """(200, the answer), (another status, {"code": ...}); raise Cut where nobody knows."""
+        import grpc
+
+        try:
+            return 200, getattr(self._stub(), name)(message, timeout=self.timeout)
+        except grpc.RpcError as error:
+            said = {item.key: item.value for item in error.trailing_metadata() or ()}
+            if error.code().name in ("UNAVAILABLE", "CANCELLED", "UNKNOWN", "INTERNAL") and "code" not in said:
+                self.close()
+                raise Cut(repr(error)) from None
+            code = said.get("code")
+            status = 503 if code in ("draining", "outcome_unknown") else 507 if code == "disk_full" else None
+            return status or self.HTTP[error.code().name], {"code": code, "error": error.details()}
+        except ValueError as error:  # stop() closed the channel
+            raise Cut(repr(error)) from None
+
+    def _poll(self, _, given, body):
+        one = "max" not in given
+        status, answer = self._call("RequestJob" if one else "RequestJobs", self._asks(given))
+        if status == 404:
+            return 204, None
+        if status != 200:
+            return status, answer
+        return 200, self._seen(answer) if one else {"jobs": [self._seen(job) for job in answer.jobs]}
+
+    def _complete(self, job_id, given, body):
+        if not job_id:
+            return self._complete_many(json.loads(body)["results"])
+        message = self.pb.JobResult(job_id=job_id, payload=body.decode(), lease_token=given["lease_token"])
+        if "next" in given:
+            message.next = True
+            message.next_request.CopyFrom(self._asks(given))
+        status, answer = self._call("CompleteJob", message)
+        if status != 200:
+            return status, answer
+        assert answer.success
+        seen = {"duplicate": True} if answer.duplicate else {}
+        return 200, seen | {"next": self._seen(answer.next) if answer.HasField("next") else None}
+
+    def _complete_many(self, results):
+        rows = [row | {"payload": json.dumps(row["payload"])} for row in results]
+        message = self.pb.JobResults(results=[self.pb.JobResult(**row) for row in rows])
+        status, answer = self._call("CompleteJobs", message)
+        if status != 200:
+            return status, answer
+        fields = ("job_id", "status", "code", "duplicate")
+        return 200, {"results": [{name: getattr(row, name) for name in fields} for row in answer.results]}
+
+    def _fail(self, job_id, given, body):
+        message = self.pb.JobFailure(job_id=job_id, lease_token=given["lease_token"], error=body.decode())
+        if "delay" in given:
+            message.delay_seconds = float(given["delay"])
+        if "retry" in given:
+            message.retry = given["retry"] == "true"
+        status, answer = self._call("FailJob", message)
+        return status, {"status": answer.status} if status == 200 else answer
+
+    def _release(self, job_id, given, body):
+        status, answer = self._call("ReleaseJob", self.pb.JobLease(job_id=job_id, lease_token=given["lease_token"]))
+        return status, {} if status == 200 else answer
+
+    def _asks(self, given):
+        seconds = {f"{name}_seconds": float(given.get(name, 0)) for name in ("wait", "lease")}
+        return self.pb.JobRequest(max=int(given.get("max", 0)), **seconds)
+
+    @staticmethod
+    def _seen(job):
+        binary = {"payload": base64.b64encode(job.payload_bytes).decode(), "payload_encoding": "base64"}
+        seen = {"job_id": job.id, "lease_token": job.lease_token, "attempt": job.attempt, "payload": job.payload}
+        return seen | (binary if job.payload_bytes else {})
+
+
 # == Payloads ================================================================================================
 # Each is sent once in the whole run, so that whatever turns up later can be traced to the call that sent it.
 
@@ -162,6 +283,7 @@ class Call:
     key: str | None = None
     batch: bool = False
     lease: float = 0.0
+    ttl: float | None = None
     jobs: list = dataclasses.field(default_factory=list)
     job_id: str | None = None
     token: str | None = None
@@ -255,16 +377,17 @@ class Load:
         self.unsure_keys = collections.deque()  # (payload, key) whose submit got no answer: sent again later
         self.stopping = threading.Event()
         self.threads, self.wires, self.errors = [], [], []
-        self.port = None
+        self.port = self.grpc_port = None
 
-    def start(self, port):
-        """Let all clients and workers loose on the server at `port`."""
-        self.port = port
+    def start(self, port, grpc_port=None):
+        """Let all clients and workers loose on the server; with a `grpc_port`, every other worker over gRPC."""
+        self.port, self.grpc_port = port, grpc_port
         self.stopping.clear()
         for number in range(self.clients + self.workers):
             run = self._client if number < self.clients else self._worker
             rng = random.Random(self.rng.random())
-            thread = threading.Thread(target=self._guard, args=(run, rng), daemon=True)
+            over_grpc = grpc_port is not None and run == self._worker and number % 2 == 0
+            thread = threading.Thread(target=self._guard, args=(run, rng, over_grpc), daemon=True)
             self.threads.append(thread)
             thread.start()
 
@@ -306,8 +429,8 @@ class Load:
 
     # -- what one thread does
 
-    def _guard(self, run, rng):
-        wire = self._wire()
+    def _guard(self, run, rng, over_grpc):
+        wire = self._wire(over_grpc)
         try:
             while not self.stopping.is_set():
                 run(wire, rng)
@@ -318,8 +441,8 @@ class Load:
         finally:
             wire.close()
 
-    def _wire(self):
-        wire = Wire(self.port)
+    def _wire(self, over_grpc=False):
+        wire = GrpcWire(self.port, self.grpc_port) if over_grpc else Wire(self.port)
         self.wires.append(wire)
         return wire
 
@@ -347,11 +470,12 @@ class Load:
             self.history.calls.append(call)
         return call
 
-    def submit(self, wire, query, payload, key=None):
+    def submit(self, wire, query, payload, key=None, ttl=None):
         headers = {"Content-Type": "application/octet-stream"}
         if key:
             headers["Idempotency-Key"] = key
-        call = Call("submit", time.monotonic(), payloads=[payload], key=key)
+        call = Call("submit", time.monotonic(), payloads=[payload], key=key, ttl=ttl)
+        query += "" if ttl is None else f"&ttl={ttl}"
         try:
             return self._call(wire, call, "POST", f"/api/submit?attempts=20{query}", payload, headers)
         finally:
@@ -481,6 +605,10 @@ class Load:
     def _client_delayed(self, wire, rng):
         self.submit(wire, f"&wait=0&delay={rng.uniform(0.05, 0.5):.2f}", new_payload(rng, self.seed))
 
+    def _client_ttl(self, wire, rng):
+        delay, ttl = (round(rng.uniform(0.01, 0.5), 3) for _ in range(2))  # which is over first decides
+        self.submit(wire, f"&wait=0&delay={delay}", new_payload(rng, self.seed), ttl=ttl)
+
     def _client_hang_up(self, wire, rng):
         call = Call("submit", time.monotonic(), payloads=[new_payload(rng, self.seed)])
         self._send_and_hang_up(wire, call, "POST", "/api/submit?attempts=20", call.payloads[0])
@@ -585,15 +713,16 @@ def server_jobs(port):
     return jobs
 
 
-def check(history, port, drained=True, leases_survive=True, may=(), jobs=None):
+def check(history, port, drained=True, leases_survive=True, may=(), jobs=None, kept=None):
     """Hold the server at `port` to all that `history` was promised; raise AssertionError with what is broken.
 
     drained: every job must be final.
     leases_survive: False after a power cut, which may forget the newest leases.
     may: further (kind, status) that are in order, such as ("complete", 507) where no write can succeed.
+    kept: the most finished jobs that the server keeps; what has ended may be forgotten (None: nothing may).
     Returns how much there was to check, so that a test can see that it checked something.
     """
-    state = _State(history, server_jobs(port) if jobs is None else jobs, leases_survive)
+    state = _State(history, server_jobs(port) if jobs is None else jobs, leases_survive, kept)
     found = [
         f"{call.kind} was answered {call.status}: {call.answer}"
         for call in history.calls
@@ -601,7 +730,7 @@ def check(history, port, drained=True, leases_survive=True, may=(), jobs=None):
         and call.status not in EXPECTED[call.kind]
         and (call.kind, call.status) not in may
     ]
-    for rule in (_submits, _batches, _strangers, _hand_outs, _results, _ends, _clears):
+    for rule in (_submits, _batches, _strangers, _hand_outs, _results, _ends, _clears, _ttls, _kept):
         found += rule(state)
     if state.leases_survive:
         found += [*_leases(state), *_attempts(state)]
@@ -625,8 +754,8 @@ def check(history, port, drained=True, leases_survive=True, may=(), jobs=None):
 class _State:
     """The history turned round: by job, by payload."""
 
-    def __init__(self, history, jobs, leases_survive):
-        self.history, self.jobs, self.leases_survive = history, jobs, leases_survive
+    def __init__(self, history, jobs, leases_survive, kept):
+        self.history, self.jobs, self.leases_survive, self.kept = history, jobs, leases_survive, kept
         self.clears = [call for call in history.of("clear") if call.ok or call.unknown]
         self.senders = collections.defaultdict(list)  # payload -> submits; several only where they have a key
         for call in history.of("submit"):
@@ -661,6 +790,15 @@ class _State:
         """True where a clear may have taken what was accepted by a call that began at `since`."""
         return any(clear.ended >= since for clear in self.clears)
 
+    def maybe_forgotten(self, job_id):
+        """True where the job may have ended and not have been kept."""
+        if self.kept is None:
+            return False
+        payload, submit = self.accepted[job_id]
+        ends = ("complete", "cancel", "fail")
+        ended = any(c.job_id == job_id and (c.ok or c.unknown) for kind in ends for c in self.history.of(kind))
+        return ended or submit.ttl is not None
+
 
 # On a full disk, polls and completions go on; the rest may be told so.
 _VERB = {200, 404, 409, 410, 503, 507}
@@ -682,7 +820,7 @@ def _submits(state):
             yield f"a submit of {len(call.payloads)} was told {call.answer}"
     for job_id, (payload, call) in state.accepted.items():
         job = state.jobs.get(job_id)
-        if job is None and not state.maybe_cleared(call.started):
+        if job is None and not state.maybe_cleared(call.started) and not state.maybe_forgotten(job_id):
             yield f"{job_id} is lost: {call}"
         if job is not None and payload_bytes(job) != payload:
             yield f"{job_id} has another payload than was sent: {job} {call}"
@@ -697,7 +835,7 @@ def _batches(state):
     """A batch is stored whole or not at all."""
     held = {payload_bytes(job) for job in state.jobs.values()}
     for call in state.history.of("submit"):
-        if call.batch and not state.maybe_cleared(call.started):
+        if call.batch and not state.maybe_cleared(call.started) and state.kept is None:
             stored = sum(payload in held for payload in call.payloads)
             if stored not in (0, len(call.payloads)):
                 yield f"{stored} of a batch of {len(call.payloads)} are stored: {call}"
@@ -786,7 +924,7 @@ def _ends(state):
             and job["status"] != "failed"
         ):
             yield f"{call.job_id} failed for good and is {job['status']}"
-        if call.status == 404 and not state.maybe_cleared(0):
+        if call.status == 404 and not state.maybe_cleared(0) and state.kept is None:
             yield f"{call.kind} of {call.job_id}, which was handed out, was told 404: {call.answer}"
 
 
@@ -796,6 +934,21 @@ def _clears(state):
     for job_id, (_, call) in state.accepted.items():
         if call.ended < done and job_id in state.jobs:
             yield f"{job_id} was cleared and is still there"
+
+
+def _ttls(state):
+    """Nothing is handed out after its time to live, which begins before its submit was answered."""
+    for job_id, (_, submit) in state.accepted.items():
+        for poll, job in state.hand_outs[job_id] if submit.ttl is not None else ():
+            if poll.started > submit.ended + submit.ttl:
+                yield f"{job_id} was handed out after its ttl of {submit.ttl} s: {submit} {job}"
+
+
+def _kept(state):
+    """Not more finished jobs are kept than shall be."""
+    finished = sum(job["status"] in FINAL for job in state.jobs.values())
+    if state.kept is not None and finished > state.kept:
+        yield f"{finished} finished jobs are kept, not {state.kept}"
 
 
 def _leases(state):

@@ -169,7 +169,7 @@ class QuickServer:
 
     def __init__(self, starts, pid, log_path):
         self.starts, self.pid, self.log_path = starts, pid, log_path
-        self.port, self.url, self.code = 0, "", None
+        self.port, self.grpc_port, self.url, self.code = 0, None, "", None
 
     def log(self):
         """All it wrote so far."""
@@ -186,6 +186,8 @@ class QuickServer:
         if not ready:
             raise DidNotStart(self.wait(), self.log())
         self.url, self.port = ready[1], int(ready[2])
+        grpc_port = ready[3].rpartition(":")[2]
+        self.grpc_port = int(grpc_port) if grpc_port.isdigit() else None
 
     def go(self):
         """Let a stopped one run."""

@@ -449,11 +449,11 @@ def fail_a_compaction(starts, load, data, fault, name):
         for number in range(500):
             if number % 20 == 19:
                 load.act("client_async", wire, rng)
-            load.act("worker_fail_at_length", wire, rng, lease=15)
+            load.act("worker_fail_at_length", wire, rng, lease=3)
             if "(INJECTED)" in trace.text():
                 break
         for _ in range(10):
-            load.act("worker_fail_at_length", wire, rng, lease=15)
+            load.act("worker_fail_at_length", wire, rng, lease=3)
             load.act("client_async", wire, rng)
         assert "(INJECTED)" in trace.text(), "never compacted"
     return server

@@ -3,13 +3,14 @@
 It takes only what was not yet written, so it proves nothing about syncing: test_faults_power.py does that.
 """
 
+import collections
 import contextlib
 import random
 import shutil
 
 import pytest
 
-from checker import Cut, History, Load, Wire, check, clear, payload_bytes, server_jobs
+from checker import Cut, History, Load, Wire, check, clear, new_payload, payload_bytes, server_jobs
 from rigs import COMPACT, FIGURES, LATE_WRITE, LONG, QuickStarts, build_shim, grow, needs, our_files, traced
 from support import DidNotStart, call, wait_until
 
@@ -27,7 +28,7 @@ def killed_rounds(starts, load, rng, rounds, *flags, most=400, before_kill=lambd
     """
     for _ in range(rounds):
         server = starts.start(*flags, "--fsync", rng.choice(("always", "always", "interval", "never")))
-        load.start(server.port)
+        load.start(server.port, server.grpc_port)
         enough = len(load.history.calls) + rng.randint(30, most)
         wait_until(lambda enough=enough: len(load.history.calls) >= enough, what="the load to run")
         before_kill(server)
@@ -82,6 +83,71 @@ def test_an_acknowledged_clear_holds_after_kill_9(tmp_path, seed):
     with QuickStarts(tmp_path) as starts:
         load = Load(History(), seed)
         killed_rounds(starts, load, rng, 3, before_kill=lambda server: clear(load.history, server.port))
+        server = starts.start()
+        load.drain(server.port)
+        check(load.history, server.port)
+
+
+def test_kill_9_loses_nothing_of_workers_over_grpc(tmp_path, seed):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed)
+        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, "--grpc-port", "0")
+        server = starts.start()
+        load.drain(server.port)
+        assert check(load.history, server.port)["completed"] > 50
+
+
+def test_no_job_outlives_its_ttl_by_kill_9(tmp_path, seed):
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed, client_acts={**Load.CLIENT_ACTS, "ttl": 8})
+        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4)
+        server = starts.start()
+        load.drain(server.port)
+        check(load.history, server.port)
+        states = collections.Counter(job["status"] for job in server_jobs(server.port).values())
+        assert states["expired"] > 5, states
+
+
+def test_kill_9_brings_nothing_back_that_was_forgotten_and_takes_nothing_unfinished(tmp_path, seed):
+    flags = ("--keep-jobs", "20", "--compact-bytes", "50000")
+    acts = {name: weight for name, weight in Load.CLIENT_ACTS.items() if "key" not in name}
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed, client_acts=acts)
+        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, *flags)
+        server = starts.start(*flags)
+        check(load.history, server.port, drained=False, kept=20)
+        load.drain(server.port)
+        assert check(load.history, server.port, kept=20)["completed"] > 50
+
+
+def test_an_acknowledged_pause_and_an_acknowledged_resume_hold_after_kill_9(tmp_path, seed):
+    def order(what):
+        assert call(server.url, "POST", f"/api/admin/{what}?queue=default").status == 200
+
+    with QuickStarts(tmp_path) as starts:
+        load = Load(History(), seed)
+        for _ in range(3):
+            killed_rounds(starts, load, random.Random(seed), 1)
+            server = starts.start()
+            load.start(server.port)
+            order("pause")
+            server.kill()
+            load.stop()
+
+            server = starts.start()
+            wire = Wire(server.port)
+            load.submit(wire, "&wait=0", new_payload(load.rng, seed))
+            assert load.poll(wire, "wait=0.05") == []
+            order("resume")
+            server.kill()
+
+            server = starts.start()
+            wire = Wire(server.port)
+            jobs = load.poll(wire, "max=1000&wait=0")
+            assert jobs
+            load.complete_batch(wire, jobs)
+            server.kill()
         server = starts.start()
         load.drain(server.port)
         check(load.history, server.port)
