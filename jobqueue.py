@@ -199,7 +199,7 @@ SETTINGS = (
     Setting(
         "reserve", _number(int, 0, 1 << 40), MIB, "bytes of disk held back so that completions land on a full disk"
     ),
-    Setting("compact_bytes", COUNT, 16 * MIB, "size from which the journal is compacted, when half of it is dead"),
+    Setting("compact_bytes", COUNT, 32 * MIB, "size from which the journal is compacted, when half of it is dead"),
     Setting("grpc_threads", _number(int, 4, 10_000), 128, "threads of the gRPC side; three of four may be long polls"),
     Setting("tokens", _text, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
     Setting("tls_cert", _text, None, "certificate file (PEM): serve both sides over TLS"),
@@ -586,17 +586,8 @@ _DEFAULTS = Job._field_defaults
 _BODIES = (("payload", "kind"), ("result", "result_kind"))  # bytes, and the field that says how they are written
 
 
-def pack(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a job as JSON can hold them: the bytes become text, or base64 where they are binary."""
-    for name, kind in _BODIES:
-        data = fields.get(name)
-        if data is not None:
-            fields[name] = as_text(fields[kind], data)
-    return fields
-
-
 def unpack(fields: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of pack."""
+    """Fields of a record as those of a job: bodies are text there, or base64 where they are binary."""
     for name, kind in _BODIES:
         text = fields.get(name)
         if text is not None:
@@ -612,15 +603,39 @@ def _terms_text(terms: Terms) -> str:
     return json_text(known | {name: value for name, value in pairs if value != _DEFAULTS.get(name)})[1:-1]
 
 
-def submit_text(job: Job, terms: Terms) -> str:
-    """A new job as the text of a JSON object; the three records of every job are written without a dictionary."""
+def _new_text(job: Job, terms: Terms) -> str:
+    """A job as it was when it was new, as the beginning of a JSON object."""
     shared = _terms_text if len(terms.headers) <= 2048 else _terms_text.__wrapped__  # what is kept stays small
-    times = "" if job.state == "pending" else f',"state":"{job.state}","available":{job.available}'
-    times += "" if job.expires is None else f',"expires":{job.expires}'
     return (
         f'{{"number":{job.number},"id":"{job.id}","created":{job.created},"kind":"{job.kind}",'
-        f'"payload":{_quote(as_text(job.kind, job.payload))},{shared(terms)}{times}}}'
+        f'"payload":{_quote(as_text(job.kind, job.payload))},{shared(terms)}'
     )
+
+
+def submit_text(job: Job, terms: Terms) -> str:
+    """A new job as the text of a JSON object; the three records of every job are written without a dictionary."""
+    times = "" if job.state == "pending" else f',"state":"{job.state}","available":{job.available}'
+    times += "" if job.expires is None else f',"expires":{job.expires}'
+    return f"{_new_text(job, terms)}{times}}}"
+
+
+# What may have happened to a job since, in groups: most jobs have all or nothing of a group.
+_LATER = [
+    (part, Job._fields[part], tuple(map(_DEFAULTS.get, Job._fields[part])))
+    for part in (slice(12, 19), slice(19, 24), slice(24, 29))
+]
+
+
+def job_text(job: Job) -> str:
+    """A job as it stands, as the text of a JSON object."""
+    _, _, queue, priority, _, _, _, headers, attempts, lease, ttl, key, *_ = job
+    text = _new_text(job, Terms(queue, priority, headers, attempts, lease, ttl, key=key))
+    fields = job if job.result is None else (*job[:25], as_text(job.result_kind, job.result), *job[26:])
+    for part, names, unset in _LATER:
+        values = fields[part]
+        if values != unset:
+            text += f",{json_text(dict(zip(names, values, strict=True)))[1:-1]}"
+    return text + "}"
 
 
 def lease_record(job: Job, token: str, seconds: float, worker: str, started: int) -> str:
@@ -641,13 +656,6 @@ def complete_record(
         f'{{"op":"complete","id":"{job.id}","settled":"complete","finished":{finished},'
         f'"result":{_quote(as_text(kind, result))},"result_kind":"{kind}"{extra}}}'
     )
-
-
-def pack_job(job: Job) -> dict[str, Any]:
-    pairs = zip(Job._fields, job, strict=True)
-    fields = {name: value for name, value in pairs if value != _DEFAULTS.get(name, _DEFAULTS)}
-    fields.pop("record", None)
-    return pack(fields)
 
 
 # == Futures and timers ================================================================================================
@@ -1399,7 +1407,7 @@ class _NewFile:
             seq += 1
             lines.append(journal_line(seq, last, body))
             pending += len(lines[-1])
-            if pending > MIB:
+            if pending > 32 * KIB:  # a write lets go of the interpreter lock: others do not wait for long
                 self._write(b"".join(lines))
                 lines, pending = [], 0
         self._write(b"".join(lines))
@@ -1862,7 +1870,7 @@ class LocalEngine(Engine):
         jobs = list(self._jobs.values())
         paused = [lane.name for lane in self._lanes.values() if lane.paused]
         meta = {"op": "meta", "last_number": self._last_number, "all_paused": self._all_paused, "paused": paused}
-        bodies = (json_text({"op": "job", **pack_job(job)}) for job in jobs)
+        bodies = ('{"op":"job",' + job_text(job)[1:] for job in jobs)
         return 1 + len(jobs), itertools.chain([json_text(meta)], bodies)
 
     # -- clients

@@ -381,18 +381,10 @@ def test_a_new_job_comes_back_from_its_record_as_it_was(job):
 
 @given(jobs())
 def test_a_job_comes_back_from_its_record_as_it_was(job):
-    body = jobqueue.json_text({"op": "job", **jobqueue.pack_job(job)})
-    line = jobqueue.journal_line(5, 3, body)
+    line = jobqueue.journal_line(5, 3, '{"op":"job",' + jobqueue.job_text(job)[1:])
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
     record = json.loads(line)
     for name in ("crc", "seq", "synced", "op"):
         del record[name]
     assert jobqueue.Job(**jobqueue.unpack(record)) == job._replace(record=0)
-
-
-@given(st.dictionaries(st.sampled_from(["settled", "finished", "delay"]), st.integers() | utf8), bodies)
-def test_the_fields_that_a_verb_changed_come_back_from_its_record(fields, body):
-    changes = {**fields, "result": body[0], "result_kind": body[1]}
-    packed = json.loads(jobqueue.json_text(jobqueue.pack(dict(changes))))
-    assert jobqueue.unpack(packed) == changes
