@@ -252,7 +252,8 @@ def _iso_second(second: int) -> str:
 
 def iso_time(moment: int) -> str:
     """Microseconds since 1970 as RFC 3339 with six digits, as in 2023-06-01T12:34:56.123456Z."""
-    return f"{_iso_second(moment // 1_000_000)}{moment % 1_000_000:06d}Z"
+    second, rest = divmod(moment, 1_000_000)
+    return f"{_iso_second(second)}{rest:06d}Z"
 
 
 # == Errors ============================================================================================================
@@ -1698,12 +1699,8 @@ def _verb(method: Callable) -> Callable:
                     if self._due or self._drained is not None or self.journal.size > self._compact_size:
                         self._round_off()
         finally:
-            while self._ready:
-                try:
-                    future, value = self._ready.popleft()
-                except IndexError:  # another thread was faster: each answer is taken once
-                    break
-                future.set_result(value)
+            if self._ready:
+                self._give_answers()
 
     return call
 
@@ -2267,13 +2264,14 @@ class LocalEngine(Engine):
             self._ready.append((self._drained, True))
 
     def _leave(self, job: Job) -> None:
-        self._lanes[job.queue].counts[job.state] -= 1
-        if job.state == "processing":
+        state = job.state
+        self._lanes[job.queue].counts[state] -= 1
+        if state == "processing":
             self._leases.cancel(job.id)
-        elif job.state == "delayed":
+        elif state == "delayed":
             self._delays.cancel(job.id)
-        elif job.state in FINAL:
-            self._kept[job.state == "failed"].pop(job.id, None)
+        elif state in FINAL:
+            self._kept[state == "failed"].pop(job.id, None)
 
     def _weigh(self, job: Job) -> None:
         """Count a job that comes, and its bytes."""
@@ -2285,26 +2283,27 @@ class LocalEngine(Engine):
 
     def _enter(self, job: Job, wall: int | None) -> None:
         """Put the job where its state belongs. `wall`: its times are new, or restored, and on the wall clock."""
-        self._jobs[job.id] = job
+        job_id, state = job.id, job.state
+        self._jobs[job_id] = job
         lane = self._lanes.get(job.queue) or self._lane(job.queue)
-        lane.counts[job.state] += 1
-        if job.state in FINAL:
+        lane.counts[state] += 1
+        if state in FINAL:
             self._finish_job(job, wall)
             return
         if job.ttl is not None:
             if wall is not None:
-                self._ttl_ends[job.id] = self._now + _remaining(job.expires, job.ttl, wall)
-            if job.state != "processing":
-                self._arm(self._ttls, job.id, self._ttl_ends[job.id])
-        if job.state == "pending":
+                self._ttl_ends[job_id] = self._now + _remaining(job.expires, job.ttl, wall)
+            if state != "processing":
+                self._arm(self._ttls, job_id, self._ttl_ends[job_id])
+        if state == "pending":
             self._line_up(lane, job)
             if lane.waiters:
                 self._due.append(lane)
-        elif job.state == "delayed":
+        elif state == "delayed":
             left = _remaining(job.available, job.delay, wall) if wall else job.delay
-            self._arm(self._delays, job.id, self._now + left)
+            self._arm(self._delays, job_id, self._now + left)
         else:
-            self._arm(self._leases, job.id, self._now + job.lease_seconds)
+            self._arm(self._leases, job_id, self._now + job.lease_seconds)
 
     def _finish_job(self, job: Job, wall: int | None) -> None:
         if job.ttl is not None:
@@ -2313,9 +2312,10 @@ class LocalEngine(Engine):
         failed = job.state == "failed"
         keep = self._settings.keep_failed if failed else self._settings.keep_completed
         left = _remaining(job.finished + microseconds(keep), keep, wall) if wall else keep
-        self._kept[failed][job.id] = self._now + left
-        self._forget_at = min(self._forget_at, self._now + left)
-        self._wake_by(self._now + left)
+        self._kept[failed][job.id] = when = self._now + left
+        if when < self._forget_at:
+            self._forget_at = when
+            self._wake_by(when)
         if wall:
             return
         self._totals[_ENDED[job.state]] += 1
@@ -2542,6 +2542,17 @@ class LocalEngine(Engine):
     def _end_polls(self) -> None:
         for waiter in {waiter for lane in self._lanes.values() for waiter in lane.waiters}:
             self._poll_over(waiter)
+
+    # -- who waits
+
+    def _give_answers(self) -> None:
+        """The lock is not held: whoever gets an answer may call verbs."""
+        while self._ready:
+            try:
+                future, value = self._ready.popleft()
+            except IndexError:  # another thread was faster: each answer is taken once
+                return
+            future.set_result(value)
 
     # -- the lock is held: who waits
 
@@ -4918,7 +4929,7 @@ class Connection:
         self._unsent: tuple[Later, Any] | None = None  # what to give back when the answer cannot be written whole
         self._started = self._lingered = 0
         self.state = _HANDSHAKE if server.tls else _READING
-        self.deadline = server.now + (server.settings.header_timeout if server.tls else server.settings.idle_timeout)
+        self.deadline = server.now + (server.settings.header_timeout if server.tls else server.patience)
         self._events = _READ
         server.selector.register(sock, self._events, self.on_event)
         server.arm(self, self.deadline)
@@ -5002,8 +5013,7 @@ class Connection:
 
     def _serve_whole(self, data: bytes) -> bool:
         """Serve a request that came whole and alone, as nearly all do; False: it takes the long way, as below."""
-        end = data.find(b"\r\n\r\n") + 2
-        server = self._server
+        server, end = self._server, data.find(b"\r\n\r\n") + 2
         if self.state != _READING or self._buffer or self._out or self._body is not None:
             return False
         if not 1 < end <= server.usual_head:
@@ -5197,7 +5207,8 @@ class Connection:
             return True
 
     def _respond(self, response: Response) -> None:
-        server, plan = self._server, self._plan or self._server.no_plan
+        server = self._server
+        plan = self._plan or server.no_plan
         keep = self._keep and not (response.close or server.stopping)
         server.count(plan, response.status, self._started, self.peer)
         self._plan = self._refusal = None
@@ -5208,7 +5219,7 @@ class Connection:
         if self._write(data) and not keep:
             self._linger()
         elif not self._out:
-            self._set_deadline(server.now + server.settings.idle_timeout)
+            self._set_deadline(server.now + server.patience)
 
     def _write(self, data: bytes) -> bool:
         """Send, or keep what the socket does not take; False when the connection is gone."""
@@ -5246,7 +5257,7 @@ class Connection:
             elif not self._keep:
                 self._linger()
             elif self.state == _READING:
-                self._set_deadline(self._server.now + self._server.settings.idle_timeout)
+                self._set_deadline(self._server.now + self._server.patience)
                 self._advance()
 
     def _refuse(self, error: JobQueueError) -> None:
@@ -5282,7 +5293,7 @@ class Connection:
         if self.state == _CLOSED:
             return
         if self.state == _HELD:
-            self.deadline = now + self._server.settings.idle_timeout
+            self.deadline = now + self._server.patience
         if self.deadline > now:
             self._server.arm(self, self.deadline)
         elif self.state == _READING and (self._buffer or self._body is not None) and not self._out:
@@ -5360,6 +5371,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         routes: Iterable[Route] = ROUTES,
     ) -> None:
         self.settings, self._clock = settings, clock
+        self.patience, self._access_log = settings.idle_timeout, settings.access_log
         self.max_held, self._engine = settings.max_held, service.engine
         self.usual_head = min(2048, settings.max_headers)  # bytes of a head whose plan is kept
         self.tls = tls_context(settings)
@@ -5562,7 +5574,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             seen = plan.seen[status] = Histogram()
         seconds = self._clock.monotonic() - started if started else 0.0
         seen.observe(seconds)
-        if self.settings.access_log:
+        if self._access_log:
             method, path = (plan.route.method, plan.route.path) if plan.route else ("-", "-")
             line = "request peer=%s method=%s path=%s status=%d seconds=%.6f"
             log.info(line, peer, method, path, status, seconds)
