@@ -43,7 +43,8 @@ run:  ## start the server: HTTP on port 3000, gRPC on port 50051, data in ./data
 	exec $(VENV)/bin/python jobqueue.py $(ARGS)
 
 test: $(VENV)/.dev  ## the tests, in under three minutes
-	@$(VENV)/bin/python -m pytest -m "not long" -n 2 --dist loadfile $(ARGS)
+	@# In the order of the files: the long ones are in the middle then, and both workers end together.
+	@$(VENV)/bin/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/.dev  ## the heavy figures, which take hours
 	@JOBQUEUE_LONG=1 $(VENV)/bin/python -m pytest -m long $(ARGS)
