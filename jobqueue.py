@@ -479,6 +479,11 @@ def check_lease(job: Job, token: str | None, verb: str) -> bool:
     raise JobQueueError("job_not_leased", f"job {job.id} is {job.state}, in no worker's hands", job.id)
 
 
+def _last_error(job: Job) -> str:
+    """What the worker said before the job ended in another way."""
+    return f"; its last error: {job.error}" if job.error else ""
+
+
 # -- payloads ----------------------------------------------------------------------------------------------------------
 # A payload is bytes and a kind. It is looked at once, when it comes in, and never parsed and printed again.
 
@@ -515,7 +520,8 @@ def _is_json(text: str) -> bool:
     except ValueError:
         return False
     except RecursionError:
-        return _is_deep_json(text)
+        end = _deep_end(text, 0)
+        return end >= 0 and not text[end:].strip(" \t\n\r")
 
 
 _JSON_TOKEN = re.compile(
@@ -534,9 +540,9 @@ _JSON_STATES = {
 }
 
 
-def _is_deep_json(text: str) -> bool:
-    """Is it JSON? For what is nested deeper than Python's own parser can follow."""
-    state, at, nesting = "value", 0, []
+def _deep_end(text: str, at: int) -> int:
+    """Where the JSON value at `at` ends; -1: it is none. For what is nested deeper than Python's parser can follow."""
+    state, nesting = "value", []
     while match := _JSON_TOKEN.match(text, at):
         at = match.end()
         token = match["mark"] or match.lastgroup
@@ -545,16 +551,16 @@ def _is_deep_json(text: str) -> bool:
             nesting.append("]" if token == "[" else "}")
             state = "first value" if token == "[" else "first key"
         elif state == "down":
-            if not nesting or nesting.pop() != token:
-                return False
+            if nesting.pop() != token:
+                return -1
             state = "after"
         elif state == "more":
-            if not nesting:
-                return False
             state = "value" if nesting[-1] == "]" else "key"
         elif state is None:
-            return False
-    return state == "after" and not nesting and not text[at:].strip(" \t\n\r")
+            return -1
+        if state == "after" and not nesting:
+            return at
+    return -1
 
 
 _quote = json.encoder.encode_basestring  # a text as a JSON string, in Unicode
@@ -1032,8 +1038,11 @@ class Journal:
         self._closing = False
         self._marked = 0  # the record up to which no watermark needs to be written
         self._committer = threading.Thread(target=self._commit_forever, name="jobqueue-commit", daemon=True)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self._lock = _lock_file(os.path.join(folder, ".lock"))
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            self._lock = _lock_file(os.path.join(folder, ".lock"))
+        except OSError as error:
+            raise DataError(f"{folder} cannot be used as the data folder: {error.strerror}") from None
         self._reserve = _Reserve(os.path.join(folder, "reserve"), settings.reserve)
 
     # -- start and stop
@@ -1544,8 +1553,8 @@ class Engine(abc.ABC):
         """Future of an Outcome. With a `claim`, the next job comes with it."""
 
     @abc.abstractmethod
-    def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
-        """Future of a list: an Outcome or a JobQueueError for each (job_id, token, result, kind)."""
+    def complete_many(self, results: list[tuple[str, str | None, bytes, str, str | None]]) -> Future:
+        """Future of a list: an Outcome or a JobQueueError for each (job_id, token, result, kind, content_type)."""
 
     @abc.abstractmethod
     def fail(self, job_id: str, token: str | None, error: str, retry: bool, delay: float | None) -> Future:
@@ -1966,17 +1975,17 @@ class LocalEngine(Engine):
         )
 
     @_verb
-    def complete_many(self, results: list[tuple[str, str | None, bytes, str]]) -> Future:
+    def complete_many(self, results: list[tuple[str, str | None, bytes, str, str | None]]) -> Future:
         outcomes: list[Outcome | JobQueueError | None] = []
         batch: dict[str, tuple] = {}  # what is written with one write: place in `outcomes`, job, its end
         wall = self._wall
-        for job_id, token, result, kind in results:
+        for job_id, token, result, kind, content_type in results:
             if job_id in batch:  # once more the same: it must see what became of the first
                 self._complete_batch(batch, outcomes)
             try:
                 job = self._find(job_id)
                 if self._may_complete(job, token):
-                    batch[job_id] = len(outcomes), job, (token and job.token, wall, result, kind, None)
+                    batch[job_id] = len(outcomes), job, (token and job.token, wall, result, kind, content_type)
                     outcomes.append(None)
                 else:
                     outcomes.append(Outcome(job, duplicate=True))
@@ -2067,7 +2076,7 @@ class LocalEngine(Engine):
         for kept in self._kept.values():
             kept.clear()
         for job_id, waiting in watchers.items():
-            error = JobQueueError("job_cleared", "the queue was cleared", job_id)
+            error = JobQueueError("job_cleared", "the queue was cleared" + _last_error(jobs[job_id]), job_id)
             for watcher in waiting:
                 self._answer_watcher(watcher, error, seq)
         return self._promise(len(jobs), seq)
@@ -2833,6 +2842,9 @@ TOKEN_PARAMETER = {"lease_token": (_label, "of the lease, as the poll's answer g
 QUEUE_PARAMETER = {"queue": (_queue, "one queue; without it: all")}
 
 
+_COMMENT = re.compile(r"(^|\s)#.*")
+
+
 class Access:
     """Who may do what: the tokens of a file, by scope; no file: everybody may everything."""
 
@@ -2846,19 +2858,25 @@ class Access:
         with open(path, encoding="utf-8") as file:
             if fcntl and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
                 raise ValueError(f"{path} can be read by others; run: chmod 600 {path}")
-            for number, line in enumerate(file, 1):
-                words = line.partition("#")[0].split(None, 2)
+            try:
+                lines = list(file)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} must be UTF-8 text: {error}") from None
+            for number, line in enumerate(lines, 1):
+                words = _COMMENT.sub("", line).split(None, 2)
                 if words:
-                    self._tokens.append(self._parse(path, number, words))
+                    self._add(path, number, words)
         if not self._tokens:
             raise ValueError(f"{path} holds no token; a line is: SCOPE[,SCOPE] TOKEN [NAME]")
 
-    @staticmethod
-    def _parse(path: str, number: int, words: list[str]) -> tuple[bytes, frozenset[str]]:
+    def _add(self, path: str, number: int, words: list[str]) -> None:
         scopes = set(words[0].split(","))
         if len(words) < 2 or scopes - set(SCOPES):
             raise ValueError(f"{path}, line {number}: must be SCOPE[,SCOPE] TOKEN [NAME], scopes {', '.join(SCOPES)}")
-        return words[1].encode(), frozenset(SCOPES if "admin" in scopes else scopes)
+        token = words[1].encode()
+        if token in dict(self._tokens):
+            raise ValueError(f"{path}, line {number}: this token stands on a line before; give it all its scopes there")
+        self._tokens.append((token, frozenset(SCOPES if "admin" in scopes else scopes)))
 
     def check(self, authorization: str | None, scope: str | None) -> None:
         """Raise unless the bearer token covers `scope`. Every token is compared, each in constant time."""
@@ -2891,6 +2909,8 @@ class JobService:
 
     def terms(self, headers: str, options: dict[str, Any], key: str | None = None) -> Terms:
         """The terms of a submission. `options` as SUBMIT_PARAMETERS."""
+        if key is not None and not 1 <= len(key) <= 255:
+            raise JobQueueError("invalid_parameter", f"Idempotency-Key must have 1 to 255 characters, got {len(key)}")
         given = {name: value for name, value in options.items() if name in Terms._fields}
         return Terms(**{"attempts": self.settings.attempts, "headers": headers, "key": key, **given})
 
@@ -2914,19 +2934,21 @@ class JobService:
     ) -> Future:
         """Future of an Outcome; an empty result is {}."""
         self.check_size(result)
-        if content_type is not None:
-            content_type = _media_type(content_type)
-        return self.engine.complete(job_id, token, *self._result(result), content_type, claim)
+        return self.engine.complete(job_id, token, *self._result(result, content_type), claim)
 
     @staticmethod
-    def _result(data: bytes) -> tuple[bytes, str]:
-        return (data, kind_of(data)) if data else (b"{}", "json")
+    def _result(data: bytes, content_type: str | None) -> tuple[bytes, str, str | None]:
+        if content_type is not None:
+            content_type = _media_type(content_type)
+        return (data, kind_of(data), content_type) if data else (b"{}", "json", content_type)
 
-    def complete_many(self, results: list[tuple[str, str | None, bytes]]) -> Future:
-        """Future of a list of Outcome or JobQueueError, in order."""
-        for _, _, data in results:
+    def complete_many(self, results: list[tuple[str, str | None, bytes, str | None]]) -> Future:
+        """Future of a list of Outcome or JobQueueError, in order of (job_id, token, result, content_type)."""
+        for _, _, data, _ in results:
             self.check_size(data, "result")
-        return self.engine.complete_many([(job_id, token, *self._result(data)) for job_id, token, data in results])
+        return self.engine.complete_many(
+            [(job_id, token, *self._result(data, kind)) for job_id, token, data, kind in results]
+        )
 
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
         """Future of an Outcome."""
@@ -2950,9 +2972,11 @@ def final_error(job: Job) -> JobQueueError | None:
     if job.state == "failed":
         return JobQueueError("job_failed", job.error or "the worker gave no reason", job.id)
     if job.state == "expired":
-        return JobQueueError("job_expired", f"no worker took the job within {job.ttl:g} s", job.id)
+        missing = "finished" if job.deliveries else "took"
+        detail = f"no worker {missing} the job within its {job.ttl:g} s"
+        return JobQueueError("job_expired", detail + _last_error(job), job.id)
     if job.state == "cancelled":
-        return JobQueueError("job_cancelled", "the job was cancelled", job.id)
+        return JobQueueError("job_cancelled", "the job was cancelled" + _last_error(job), job.id)
     return None
 
 
@@ -3049,11 +3073,12 @@ def payload_members(name: str, kind: str, data: bytes) -> str:
 def polled_job(job: Job) -> str:
     """A leased job as its worker gets it."""
     expires = f',"expires_at":"{iso_time(job.expires)}"' if job.expires is not None else ""
+    text = ',"payload_kind":"text"' if job.kind == "text" else ""  # a string that is JSON looks the same
     return (
         f'{{"job_id":"{job.id}",{payload_members("payload", job.kind, job.payload)},"headers":{job.headers},'
         f'"queue":"{job.queue}","priority":{job.priority},"attempt":{job.failures + 1},'
         f'"lease_token":"{job.token}","lease_seconds":{job.lease_seconds},'
-        f'"created_at":"{iso_time(job.created)}"{expires}}}'
+        f'"created_at":"{iso_time(job.created)}"{expires}{text}}}'
     )
 
 
@@ -3084,6 +3109,9 @@ def job_view(job: Job) -> dict[str, Any]:
     return view
 
 
+_PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')  # of a list: a comma within quotes does not end it
+
+
 class HttpApi:
     """The handlers of ROUTES."""
 
@@ -3102,8 +3130,6 @@ class HttpApi:
     def prepare_submit(self, asked: Asked) -> tuple[Terms, float | None, bool, Callable[[tuple[Job, bool]], Response]]:
         wait, applied = self._waiting_time(asked)
         key = asked.headers.get("idempotency-key")
-        if key is not None and not 1 <= len(key) <= 255:
-            raise JobQueueError("invalid_parameter", f"Idempotency-Key must have 1 to 255 characters, got {len(key)}")
         tied = asked.parameters.get("on_disconnect") == "cancel"
         terms = self._service.terms(asked.forwarded, asked.parameters, key)
         return terms, wait, tied, functools.partial(self._submitted, applied)
@@ -3115,7 +3141,8 @@ class HttpApi:
             return asked.parameters["wait"], None
         if "prefer" not in asked.headers:
             return None, None
-        parts = [part.partition(";")[0].strip().lower() for part in asked.headers["prefer"].split(",")]
+        preferences = _PREFERENCE.findall(asked.headers["prefer"])
+        parts = [part.partition(";")[0].strip().lower() for part in preferences]
         for part in parts:
             if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,5})"?', part):
                 return min(float(match[1]), DAY), f"wait={match[1]}"
@@ -3147,6 +3174,8 @@ class HttpApi:
             raise JobQueueError(
                 "unsupported_media_type", f"Content-Type must be application/x-ndjson, got {kind or 'none'}"
             )
+        if "idempotency-key" in request.asked.headers:
+            raise JobQueueError("invalid_parameter", "an Idempotency-Key stands for one job: use POST /api/submit")
         payloads = [line for line in (line.rstrip(b"\r") for line in request.body.split(b"\n")) if line]
         terms = self._service.terms(request.asked.forwarded, request.parameters)
         future = self._service.submit_many(payloads, terms)
@@ -3245,19 +3274,20 @@ class HttpApi:
 
     def complete_many(self, request: Request) -> Later:
         results = [self._one_result(members) for members in batch_members(request.body)]
-        shape = functools.partial(self._completed_many, [job_id for job_id, _, _ in results])
+        shape = functools.partial(self._completed_many, [job_id for job_id, *_ in results])
         return Later(self._service.complete_many(results), shape)
 
     @staticmethod
-    def _one_result(members: dict[str, str]) -> tuple[str, str | None, bytes]:
+    def _one_result(members: dict[str, str]) -> tuple[str, str | None, bytes, str | None]:
         get = members.get
         job_id, token, encoding = _string(get("job_id")), _string(get("lease_token")), _string(get("payload_encoding"))
+        content_type = _string(members["content_type"]) if "content_type" in members else None
         unknown = members.keys() - _RESULT_MEMBERS
         if unknown or not job_id:
             named = ", ".join(sorted(unknown)) or "job_id"
             raise JobQueueError("invalid_request", f"{_RESULT}; wrong: {named}")
         data = get("payload", "").encode()
-        return job_id, token, data if encoding is None else _from_base64(encoding, data)
+        return job_id, token or None, data if encoding is None else _from_base64(encoding, data), content_type
 
     @staticmethod
     def _completed_many(ids: list[str], outcomes: list[Outcome | JobQueueError]) -> Response:
@@ -3356,14 +3386,14 @@ class HttpApi:
 
 
 def _from_base64(encoding: str, data: bytes) -> bytes:
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         if encoding == "base64":
             return base64.b64decode(json.loads(data), validate=True)
     raise JobQueueError("invalid_request", "with payload_encoding base64 the payload is a string of base64")
 
 
-_RESULT_MEMBERS = frozenset(("job_id", "lease_token", "payload", "payload_encoding"))
-_RESULT = "a result is an object of job_id, lease_token, payload and payload_encoding, all but the payload strings"
+_RESULT_MEMBERS = frozenset(("job_id", "lease_token", "payload", "payload_encoding", "content_type"))
+_RESULT = f"a result is an object of {', '.join(sorted(_RESULT_MEMBERS))}, all but the payload strings"
 _BLANK = re.compile(r"[ \t\n\r]*")
 # A member's name and, where it is a string without escapes, its value and what follows it.
 _MEMBER = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*(?:("[^"\\\x00-\x1f]*")[ \t\n\r]*([,}]))?')
@@ -3387,6 +3417,17 @@ def _string(text: str | None) -> str | None:
     return value
 
 
+def _value_end(text: str, at: int) -> int:
+    """Where the JSON value at `at` ends."""
+    try:
+        return _scan(text, at)[1]
+    except RecursionError:
+        end = _deep_end(text, at)
+        if end < 0:
+            raise ValueError(f"no JSON at character {at}") from None
+        return end
+
+
 def _members(text: str, at: int) -> tuple[dict[str, str], int]:
     """The members of the JSON object at `at`, each value as the text it is; and where the object ends."""
     members: dict[str, str] = {}
@@ -3406,7 +3447,7 @@ def _members(text: str, at: int) -> tuple[dict[str, str], int]:
                 raise ValueError("a member's name must be a string")
             at = _past(text, at, ":")
         if value is None:
-            end = _scan(text, at)[1]
+            end = _value_end(text, at)
             value = text[at:end]
             at = _BLANK.match(text, end).end()
             mark, at = text[at : at + 1], at + 1
@@ -4864,7 +4905,7 @@ class Planner:
         if head.expect and head.expect != "100-continue" and plan.version == 1:
             raise JobQueueError("expectation_failed", "the only expectation is 100-continue")
         parameters = parse_query(query, route.parameters) if mark else {}
-        plan.token = parameters.get("lease_token")
+        plan.token = parameters.get("lease_token") or None  # an empty one is none, as over gRPC
         asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
         plan.handle, plan.holds = getattr(self._api, route.handler), route.scope != "worker"
         plan.limit = self._limits[route.body]
@@ -4882,7 +4923,8 @@ class Planner:
             advice = f"start with --allow-host {name[:100]}"
             raise JobQueueError("host_refused", f"Host {name[:100]!r} is not allowed; {advice}")
         site, origin = head.fields.get("sec-fetch-site"), head.fields.get("origin")
-        foreign = site not in (None, "same-origin", "none") or origin not in (None, self._scheme + host)
+        own = (None, "http://" + host, "https://" + host)  # a proxy may speak TLS for us
+        foreign = site not in (None, "same-origin", "none") or origin not in own
         if foreign and route.scope is not None:
             raise JobQueueError("cross_site", "a page of another site may not call this")
 
@@ -4957,9 +4999,21 @@ class Connection:
             self._listen(_READ)
         except ssl.SSLWantWriteError:
             self._listen(_WRITE)
+        except ssl.SSLError as error:
+            if error.reason == "HTTP_REQUEST":
+                self._answer_in_clear()
+            raise
         else:
             self.state = _READING
             self._listen(_READ)
+
+    def _answer_in_clear(self) -> None:
+        """Somebody speaks plain HTTP where TLS is spoken: a sentence says more than a reset."""
+        error = _bad_http("this port speaks TLS: use https")
+        with contextlib.suppress(OSError):
+            socket.socket.send(self._sock, render(error_response(error, close=True), False, self._server.date))
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+            socket.socket.recv(self._sock, 65536)  # what is left unread would reset the connection
 
     def _listen(self, events: int) -> None:
         """What the selector shall wait for; 0: nothing."""
@@ -5054,7 +5108,8 @@ class Connection:
         end = buffer.find(b"\r\n\r\n")
         settings = self._server.settings
         if end < 0 or end > settings.max_headers:
-            self._check_incomplete(buffer, settings)
+            self._check_sizes(buffer, end, settings)
+        if end < 0:
             self._expect_within(settings.header_timeout)
             return False
         block = bytes(buffer[: end + 2])
@@ -5071,13 +5126,14 @@ class Connection:
         self._frame(plan)
         return True
 
-    def _check_incomplete(self, buffer: bytearray, settings: Settings) -> None:
+    def _check_sizes(self, buffer: bytearray, end: int, settings: Settings) -> None:
+        """Of a head that is large, or not whole yet (`end` is -1): an end that comes is four bytes, not all there."""
         line = buffer.find(b"\r\n")
         if (line if line >= 0 else len(buffer)) > settings.max_request_line:
             raise JobQueueError("uri_too_long", f"the request line is longer than {settings.max_request_line} bytes")
-        if line >= 0 and len(buffer) - line > settings.max_headers:
+        if line >= 0 and (end if end >= 0 else len(buffer) - 3) - line > settings.max_headers:
             raise JobQueueError("headers_too_large", f"the headers are larger than {settings.max_headers} bytes")
-        if _BARE.search(buffer):
+        if end < 0 and _BARE.search(buffer):
             raise _bad_http("a line ends in something else than CR LF")
 
     def _expect_within(self, seconds: float) -> None:
@@ -5646,6 +5702,7 @@ class GrpcUnavailable(Exception):
 
 
 def _import_grpc() -> tuple[Any, Any, Any]:
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what peers do wrong is not for our stderr
     try:
         import grpc
 
@@ -5792,10 +5849,13 @@ class WorkerServicer:
 
     def CompleteJobs(self, request: Any, context: Any) -> Any:
         """POST /api/worker/complete"""
-        results = [(result.job_id, result.lease_token or None, _sent(result)) for result in request.results]
+        results = [
+            (result.job_id, result.lease_token or None, _sent(result), result.content_type or None)
+            for result in request.results
+        ]
         outcomes = self._result(self._service.complete_many(results))
         rows = []
-        for (job_id, _, _), outcome in zip(results, outcomes, strict=True):
+        for (job_id, *_), outcome in zip(results, outcomes, strict=True):
             row = self._messages.CompleteResult(job_id=job_id, status=200)
             if isinstance(outcome, JobQueueError):
                 row.status, row.code = outcome.status, outcome.code
@@ -5946,7 +6006,11 @@ class GrpcServer:
         self._add_service(servicer, messages, stubs)
         self._health = self._add_health()
         self._add_reflection(messages)
-        self.port = self._bind(settings)
+        try:
+            self.port = self._bind(settings)
+        except BaseException:
+            self.stop(0)
+            raise
         self._server.start()
 
     def _bind(self, settings: Settings) -> int:
@@ -6000,7 +6064,10 @@ class GrpcServer:
             self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin)
             if problem:  # outside of the try: abort raises
                 context.set_trailing_metadata((("code", problem.code),))
-                context.abort(getattr(self._grpc.StatusCode, problem.grpc_status), problem.detail)
+                detail = (
+                    problem.detail if len(problem.detail) <= 500 else problem.detail[:500] + "..."
+                )  # 8 KiB are sent
+                context.abort(getattr(self._grpc.StatusCode, problem.grpc_status), detail)
             return answer
 
         return call
@@ -6064,6 +6131,11 @@ class Server:
         self._grpc: GrpcServer | None = None
         self._started = False
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("engine", "service", "_http"):
+            raise RuntimeError("the server was not started: call start(), or use it as in `with Server() as server:`")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _check_exposure(self) -> None:
         host = self.settings.host
         local = host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
@@ -6073,7 +6145,9 @@ class Server:
     # -- start
 
     def start(self) -> Server:
-        """Read the journal, then listen."""
+        """Read the journal, then listen. RuntimeError: it was started before; a Server is for one run."""
+        if self._started:
+            raise RuntimeError("a Server is started once; make another one")
         settings = self.settings
         tls_context(settings)
         Access(settings.tokens)
@@ -6172,10 +6246,12 @@ class Server:
         the job failed, expired or was cancelled, and TimeoutError (the job goes on). Cancelling it does not cancel
         the job; `server.cancel(future.job_id)` does.
         """
-        data = payload.encode() if isinstance(payload, str) else payload
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
+        texts = [*(headers or {}), *dict(headers or {}).values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"headers must be a dict of str to str, got {headers!r}")
         terms = self.service.terms(json_text(headers or {}), options, key)
-        return _result_future(self.service.submit(data, terms, None), self._tellers)
+        return _result_future(self.service.submit(_as_bytes(payload), terms, None), self._tellers)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; JobQueueError when there is none, or it has come to its end."""
@@ -6260,8 +6336,7 @@ class LeasedJob:
 
     def complete(self, result: bytes | str = b"") -> None:
         """Hand in the result; returns when it is on the disk."""
-        data = result.encode() if isinstance(result, str) else result
-        self._service.complete(self.id, self._job.token, data).result()
+        self._service.complete(self.id, self._job.token, _as_bytes(result)).result()
 
     def fail(self, error: str, *, retry: bool = True, delay: float | None = None) -> None:
         """The attempt failed; see the `fail` route."""
@@ -6274,6 +6349,15 @@ class LeasedJob:
     def extend(self, lease: float | None = None) -> bool:
         """Keep it for `lease` seconds from now (None: as long as before); False when it was cancelled."""
         return self._service.engine.extend(self.id, self._job.token, lease).job.state != "cancelled"
+
+
+def _as_bytes(data: bytes | bytearray | memoryview | str) -> bytes:
+    """Bytes that nobody else can change."""
+    if isinstance(data, str):
+        return data.encode()
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"bytes or str are needed, got {type(data).__name__}; json.dumps makes a str of it")
+    return bytes(data)
 
 
 def _checked_option(name: str, value: Any) -> Any:
@@ -6329,18 +6413,27 @@ class Client:
             raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
         self._parts, self._path = parts, parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._context = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
-        if self._context and certificate:
-            self._context.load_cert_chain(*certificate)
+        self._context = self._tls(ca, certificate) if parts.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
         self._hung_up = False
+
+    @staticmethod
+    def _tls(ca: str | None, certificate: tuple[str, str | None] | None) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=ca)
+            if certificate:
+                context.load_cert_chain(*certificate)
+        except OSError as error:
+            files = ", ".join(filter(None, (ca, *(certificate or ()))))
+            raise ValueError(f"cannot use {files}: {error.strerror or error}") from None
+        return context
 
     def call(
         self,
         method: str,
         path: str,
         body: bytes = b"",
-        headers: dict[str, str] | None = None,
+        headers: dict[str, str | bytes] | None = None,
         *,
         timeout: float | None = 60,
         **query: Any,
@@ -6423,8 +6516,9 @@ class Worker:
         self, client: Client, heart: Client, run: Callable[[PolledJob], Verdict], options: dict[str, Any]
     ) -> None:
         self._client, self._heart, self._run, self._options = client, heart, run, options
-        self._stopping = threading.Event()
+        self._stopping, self._giving_up = threading.Event(), threading.Event()
         self._polling = False
+        self._job: PolledJob | None = None  # the one that runs
 
     def work(self) -> None:
         pause = 0.1
@@ -6448,6 +6542,15 @@ class Worker:
         self._stopping.set()
         if self._polling:
             self._client.hang_up()
+
+    def give_up(self) -> None:
+        """After `stop`: end what runs, too; its job goes back in line."""
+        self._giving_up.set()
+        job = self._job
+        if job:
+            job.lose("stopped")
+            self._client.abort()
+            self._heart.abort()
 
     def _poll(self) -> PolledJob | None:
         self._polling = True
@@ -6473,6 +6576,9 @@ class Worker:
     def _serve(self, job: PolledJob) -> None:
         beat = _Heartbeat(self._heart, job)
         beat.start()
+        self._job = job
+        if self._giving_up.is_set():
+            job.lose("stopped")
         try:
             verdict = self._run(job)
         except Exception as error:
@@ -6482,8 +6588,15 @@ class Worker:
             beat.stop()
         if job.lost.is_set():
             log.warning("job_given_up job=%s reason=%s", job.id, job.why_lost)
+            if self._giving_up.is_set():
+                self._release(job)
             return
         self._hand_in(job, verdict)
+        self._job = None
+
+    def _release(self, job: PolledJob) -> None:
+        with contextlib.suppress(Unreachable):  # the lease runs out, then
+            self._client.call("POST", f"/api/worker/release/{job.id}", lease_token=job.token, timeout=5)
 
     def _hand_in(self, job: PolledJob, verdict: Verdict) -> None:
         """Until the server has taken it or refused it: a completion is idempotent, so it is sent again and again."""
@@ -6503,8 +6616,11 @@ class Worker:
                 reason: Any = problem_of(status, body)
             except Unreachable as error:
                 reason = error
+            if self._giving_up.is_set():
+                log.warning("not_handed_in job=%s reason=%s: given up", job.id, reason)
+                return
             log.warning("not_handed_in job=%s reason=%s: trying again in %.1f s", job.id, reason, pause)
-            time.sleep(pause)
+            self._giving_up.wait(pause)
             pause = min(5.0, pause * 2)
         if status == 200:
             log.info("job_%s job=%s", {"complete": "completed", "fail": "failed"}[verdict.verb], job.id)
@@ -6531,16 +6647,17 @@ class PolledJob:
         fields = {name: json.loads(text) for name, text in members.items() if name != "payload"}
         self.id, self.queue, self.attempt = fields["job_id"], fields["queue"], fields["attempt"]
         self.token, self.lease, self.headers = fields["lease_token"], fields["lease_seconds"], fields["headers"]
-        self.payload = self._payload(members["payload"], fields.get("payload_encoding"))
+        self.payload = self._payload(members["payload"], fields.get("payload_encoding") or fields.get("payload_kind"))
         self.lost, self.why_lost = threading.Event(), ""
         self.on_lost: Callable[[], None] = lambda: None
 
-    def _payload(self, text: str, encoding: str | None) -> bytes:
-        """A string stands for its text, unless the submitter said that it sent JSON."""
-        if encoding == "base64":
+    @staticmethod
+    def _payload(text: str, kind: str | None) -> bytes:
+        if kind == "base64":
             return base64.b64decode(json.loads(text))
-        as_sent = self.headers.get("Content-Type", "").startswith("application/json")
-        return text.encode() if as_sent or text[:1] != '"' else json.loads(text).encode(errors="replace")
+        if kind == "text":
+            return json.loads(text).encode()
+        return text.encode() if text != '""' else b""  # which is how an empty one arrives
 
     def lose(self, why: str) -> None:
         self.why_lost = why
@@ -6611,11 +6728,27 @@ def _kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
 
 
+# Of the submitter's headers, what would ask the service for something else than the whole result, as it is.
+_NOT_FORWARDED = frozenset(
+    (
+        "host",
+        "content-length",
+        "accept-encoding",
+        "range",
+        "if-match",
+        "if-none-match",
+        "if-modified-since",
+        "if-unmodified-since",
+        "if-range",
+    )
+)
+
+
 def forward(url: str, job: PolledJob) -> Verdict:
     """POST the payload to a local service. 2xx completes; 429, 502, 503, 504 and silence ask for a retry."""
     service = Client(url)
     job.on_lost = service.abort
-    headers = {name: value for name, value in job.headers.items() if name.lower() not in ("host", "content-length")}
+    headers = {name: value.encode() for name, value in job.headers.items() if name.lower() not in _NOT_FORWARDED}
     headers |= {"Job-Id": job.id, "Job-Queue": job.queue, "Job-Attempt": str(job.attempt)}
     parts = urllib.parse.urlsplit(url)
     slash = "/" if parts.path.endswith("/") else ""
@@ -6774,13 +6907,21 @@ def work(arguments: argparse.Namespace) -> int:
     workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
     threads = [_Working(worker) for worker in workers]
 
+    stopping = threading.Event()
+
     def stop() -> None:
+        stopping.set()
         for worker in workers:
             worker.stop()
 
     def on_signal(*_: Any) -> None:
+        if stopping.is_set():
+            log.info("stopping at once: what runs is ended, its jobs go back in line")
+            for worker in workers:
+                worker.give_up()
+            return
         stop()
-        log.info("stopping: what runs is finished, nothing more is taken")
+        log.info("stopping: what runs is finished, nothing more is taken; a second signal ends it")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -6840,6 +6981,8 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.file:
         if arguments.payload is not None:
             raise ValueError("give either PAYLOAD or --file, not both")
+        if not (arguments.key is arguments.wait is arguments.content_type is None):
+            raise ValueError("--key, --wait and --content-type are for a single PAYLOAD, not for --file")
         return _submit_file(arguments, options)
     if arguments.payload is None:
         raise ValueError("give a PAYLOAD, - for standard input, or --file FILE")
@@ -6891,7 +7034,7 @@ def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
                 )
             ids = json.loads(body)["job_ids"]
             done, read = done + len(ids), read + sum(map(len, lines))
-            print("\n".join(ids))
+            print(body.decode() if arguments.json else "\n".join(ids))
             if sys.stderr.isatty():
                 share = f" ({100 * read // size} %)" if size else ""
                 print(f"\r{done} jobs submitted{share}", end="", file=sys.stderr, flush=True)
@@ -6972,6 +7115,8 @@ def requeue(arguments: argparse.Namespace) -> int:
     """Put a job, or all failed ones, back in line."""
     if bool(arguments.job_id) == bool(arguments.status):
         raise ValueError("give either JOB_ID or --status failed|expired|cancelled")
+    if arguments.job_id and arguments.queue:
+        raise ValueError("--queue goes with --status; a JOB_ID says all")
     if arguments.job_id:
         answer = _ask(arguments, "POST", f"/api/admin/requeue/{_quoted(arguments.job_id)}")
         return _show(arguments, answer, answer["message"])
@@ -7066,7 +7211,7 @@ def token(arguments: argparse.Namespace) -> int:
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each row of SETTINGS; the environment is the default."""
     for setting in SETTINGS:
-        given = next((os.environ[name] for name in setting.variables if name in os.environ), None)
+        given = next((os.environ[name] for name in setting.variables if os.environ.get(name)), None)
         options: dict[str, Any] = {"default": argparse.SUPPRESS if given is None else given}
         if setting.parse is _switch:
             options.update(nargs="?", const="true", metavar="BOOL")
@@ -7080,7 +7225,7 @@ def _client_flags(parser: argparse.ArgumentParser) -> None:
     environment = os.environ.get
     parser.add_argument(
         "--url",
-        default=environment("JOBQUEUE_URL", "http://127.0.0.1:3000"),
+        default=environment("JOBQUEUE_URL") or "http://127.0.0.1:3000",
         help="the server (JOBQUEUE_URL; default %(default)s)",
     )
     parser.add_argument("--token", default=environment("JOBQUEUE_TOKEN"), help="access token (better: JOBQUEUE_TOKEN)")

@@ -95,10 +95,10 @@ read_job() {
     if [[ $payload == *',"payload_encoding":"base64"' ]]; then # bytes
         payload=${payload%,*}
         base64 -d <<<"${payload//\"/}"
-    elif [[ $payload == \"* ]]; then # text
+    elif [[ ${job:${#head}} == *',"payload_kind":"text"'* ]]; then # text
         payload=${payload#\"}
         printf '%b' "$(sed 's:\\\(["/]\):\1:g' <<<"${payload%\"}")"
-    else # JSON, as it was submitted
+    elif [[ $payload != '""' ]]; then # JSON, as it was submitted
         printf '%s' "$payload"
     fi >"$scratch/payload"
 }

@@ -1044,7 +1044,7 @@ class EngineContract:
         queue.release(lost)
         results = [(first.id, first.token), ("nobody", None), (lost.id, lost.token), (second.id, None)]
         results += [(final.id, None), (first.id, first.token)]
-        outcomes = queue.engine.complete_many([(*pair, b"1", "json") for pair in results]).result(PATIENCE)
+        outcomes = queue.engine.complete_many([(*pair, b"1", "json", None) for pair in results]).result(PATIENCE)
         codes = [outcome.code if isinstance(outcome, JobQueueError) else outcome.job.state for outcome in outcomes]
         assert codes == ["completed", "job_not_found", "lease_lost", "completed", "job_finished", "completed"]
         assert [outcomes[0].duplicate, outcomes[3].duplicate, outcomes[5].duplicate] == [False, False, True]

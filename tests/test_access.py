@@ -299,7 +299,8 @@ SITES = {
     ("Sec-Fetch-Site: nonsense",): False,
     ("Origin: http://localhost:3000",): True,
     ("Origin: http://localhost:4000",): False,
-    ("Origin: https://localhost:3000",): False,
+    ("Origin: https://localhost:3000",): True,  # behind a proxy that speaks TLS
+    ("Origin: https://localhost:4000",): False,
     ("Origin: http://evil.example",): False,
     ("Origin: null",): False,
     ("Origin: http://localhost:3000", "Sec-Fetch-Site: cross-site"): False,

@@ -974,7 +974,7 @@ def waits(queue: Queue) -> dict[str, Callable[[], Any]]:
         "a batch": lambda: engine.submit_many(*batch([queue.fields(), queue.fields()])),
         "a completion": lambda: engine.complete(jobs[0].id, jobs[0].token, b"1", "json", None, None),
         "a completion with the next": lambda: engine.complete(jobs[1].id, jobs[1].token, b"1", "json", None, Claim()),
-        "completions": lambda: engine.complete_many([(jobs[2].id, jobs[2].token, b"1", "json")]),
+        "completions": lambda: engine.complete_many([(jobs[2].id, jobs[2].token, b"1", "json", None)]),
         "a failure": lambda: engine.fail(jobs[3].id, jobs[3].token, "broken", True, None),
         "a failure for good": lambda: engine.fail(jobs[4].id, jobs[4].token, "broken", False, None),
         "a cancellation": lambda: engine.cancel(jobs[5].id),
@@ -1219,7 +1219,7 @@ def test_a_batch_of_results_keeps_those_that_the_disk_took(make_queue):
     queue = make_queue(fsync="never")
     queue.submit_many(5)
     jobs = queue.wait_for(max=5, wait=0).result(PATIENCE)
-    results = [(job.id, job.token, b"1" * 1_000, "json") for job in jobs]
+    results = [(job.id, job.token, b"1" * 1_000, "json", None) for job in jobs]
     with full_disk(queue, 3_000):
         outcomes = queue.engine.complete_many(results).result(PATIENCE)
         assert [getattr(outcome, "code", "taken") for outcome in outcomes] == ["taken"] * 2 + ["disk_full"] * 3

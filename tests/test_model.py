@@ -647,12 +647,13 @@ class EngineMachine(RuleBasedStateMachine):
     @step(2, has_handed, which=SOME_WITH_TOKENS)
     def complete_many(self, which: list[tuple[int, str]]) -> None:
         picked = [(*self.pick(number), token) for number, token in which]
-        results = [(job_id, self.token(own, token), b"%d" % next(self.names), "json") for job_id, own, token in picked]
+        results = [(job_id, self.token(own, token), b"%d" % next(self.names), "json", None)
+                   for job_id, own, token in picked]
         model = self.model
 
         def expected() -> list[str]:
             answers = []
-            for job_id, token, result, _ in results:
+            for job_id, token, result, *_ in results:
                 try:
                     job = model.find(job_id)
                     fresh = model.may_settle(job, token, "complete")
