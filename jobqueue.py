@@ -6548,9 +6548,9 @@ class Worker:
         self._giving_up.set()
         job = self._job
         if job:
-            job.lose("stopped")
             self._client.abort()
             self._heart.abort()
+            job.lose("stopped")
 
     def _poll(self) -> PolledJob | None:
         self._polling = True
@@ -6595,6 +6595,7 @@ class Worker:
         self._job = None
 
     def _release(self, job: PolledJob) -> None:
+        self._client.close()  # its connection was cut
         with contextlib.suppress(Unreachable):  # the lease runs out, then
             self._client.call("POST", f"/api/worker/release/{job.id}", lease_token=job.token, timeout=5)
 

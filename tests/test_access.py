@@ -107,14 +107,21 @@ def test_a_token_file_that_others_may_read_is_refused(mode, tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "\n\n", "# admin secret\n", "admin\n", "root secret\n", "admin secret\nclient,rot other\n", "secret admin\n",
-     ",admin secret\n", b"admin \xff\n"],
+     ",admin secret\n", b"admin \xff\n", "admin secret ops\nclient secret bob\n"],
     ids=repr,
 )
 def test_a_token_file_without_a_token_or_with_a_bad_line_is_refused_and_the_secret_not_told(text, tmp_path):
     path = token_file(tmp_path / "tokens", text)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=str(path)) as refused:
         jobqueue.Access(path)
     assert "secret" not in str(refused.value)
+
+
+def test_a_comment_begins_behind_a_space_and_not_within_a_token(tmp_path):
+    access = jobqueue.Access(token_file(tmp_path / "tokens", "# of the house\nclient se#cret # bob\n"))
+    access.check("Bearer se#cret", "client")
+    with pytest.raises(jobqueue.JobQueueError):
+        access.check("Bearer se", "client")
 
 
 def test_a_server_with_a_bad_token_file_does_not_start_and_says_why_in_one_line(tmp_path):
@@ -376,7 +383,10 @@ def test_a_caller_that_does_not_know_the_ca_is_not_deceived(over_tls):
 
 
 def test_plain_http_on_a_tls_port_ends_and_harms_nobody(over_tls, certs):
-    for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\x16\x03\x01\x00\x05hello", b"\0" * 5000):
+    plain = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    told = raw(over_tls.url.replace("https", "http"), plain)
+    assert told.startswith(b"HTTP/1.1 400 ") and b"this port speaks TLS" in told
+    for data in (b"\x16\x03\x01\x00\x05hello", b"\0" * 5000):
         assert b"200 OK" not in raw(over_tls.url.replace("https", "http"), data)
     assert call(over_tls.url, "GET", "/health", context=certs.context()).status == 200
 

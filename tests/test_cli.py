@@ -189,14 +189,17 @@ BAD = {
     "forward to no URL": (["work", "--forward", "localhost:8000"], "localhost:8000"),
     "submit without a payload": (["submit"], "PAYLOAD"),
     "submit with both": (["submit", "1", "--file", "x"], "--file"),
+    "submit a file with a key": (["submit", "--file", "x", "--key", "k"], "--key"),
+    "submit a file and wait": (["submit", "--file", "x", "--wait", "0"], "--wait"),
     "submit a file that is not there": (["submit", "--file", "/nowhere/jobs"], "/nowhere/jobs"),
     "submit with a bad priority": (["submit", "1", "--priority", "12"], "0 to 9"),
     "submit to a bad queue": (["submit", "1", "--queue", "a b"], "a b"),
     "submit with a bad delay": (["submit", "1", "--delay", "soon"], "soon"),
-    "submit with a CA that is not there": (["submit", "1", "--url", "https://x", "--ca", "/nowhere/ca"], ""),
+    "submit with a CA that is not there": (["submit", "1", "--url", "https://x", "--ca", "/nowhere/ca"], "/nowhere/ca"),
     "jobs in no state": (["jobs", "--status", "done"], "done"),
     "jobs with limit 0": (["jobs", "--limit", "0"], "limit"),
     "requeue without anything": (["requeue"], "JOB_ID"),
+    "requeue one of a queue": (["requeue", "x", "--queue", "q"], "--queue"),
     "requeue with both": (["requeue", "x", "--status", "failed"], "JOB_ID"),
     "cancel without an id": (["cancel"], "JOB_ID"),
     "check without a folder": (["check"], "DATA_DIR"),
@@ -568,9 +571,11 @@ def test_exit_0_completes_with_stdout_and_any_bytes_pass_unchanged(server, clien
         client.wait_status(job_id, "completed")
         # An empty submit is the payload "", and an empty result the result {}.
         assert client.result(job_id) == (payload or b"{}")
-    quoted = client.put(b'"x"', {"Content-Type": "application/json"}, queue=queue)
-    client.wait_status(quoted, "completed")
-    assert client.result(quoted) == b'"x"'
+    for body in (b'"x"', b"hello", b'{"a":NaN}'):  # what its Content-Type says does not make it JSON
+        for kind in ("application/json", "Application/JSON", "application/vnd.api+json", "text/plain"):
+            job_id = client.put(body, {"Content-Type": kind}, queue=queue)
+            client.wait_status(job_id, "completed")
+            assert client.result(job_id) == body
 
 
 def test_a_command_that_reads_nothing_completes_too(server, client, queue, work):
@@ -688,6 +693,35 @@ def test_sigterm_lets_the_running_one_finish_and_takes_no_other(server, client, 
     (room / "go").touch()
     assert worker.wait() == OK
     assert (client.status(first), client.status(second)) == ("completed", "pending")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_what_runs_and_its_job_goes_back_in_line(server, client, queue, work, room, how):
+    job_id = client.put(queue=queue)
+    worker = work(server.url, "--queue", queue, "--", "sh", "-c", 'echo $$ > pid.new; mv pid.new pid; exec sleep 60')
+    wait_until(lambda: (room / "pid").exists())
+    worker.process.send_signal(how)
+    worker.wait_log("stopping: what runs")
+    worker.process.send_signal(how)
+    assert worker.wait(10) == OK
+    assert client.status(job_id) == "pending"
+    assert client.view(job_id)["attempt"] == 1, "it was no failed attempt"
+    wait_until(lambda: not os.path.exists(f"/proc/{int((room / 'pid').read_text())}"), what="the end of the command")
+
+
+def test_a_worker_whose_server_is_away_can_be_stopped(tmp_path, work, room):
+    server = start_server(tmp_path, "--grpc-port", "off")
+    Client(server).put()
+    worker = work(server.url, "--", "sh", "-c", WAIT_FOR_GO)
+    Client(server).wait_workers(0)
+    wait_until(lambda: Client(server).stats()["running"] == 1)
+    server.kill()
+    (room / "go").touch()
+    worker.wait_log("not_handed_in")
+    worker.terminate()
+    worker.wait_log("stopping: what runs")
+    worker.terminate()
+    assert worker.wait(10) == OK
 
 
 def test_an_idle_worker_stops_at_once_and_leaves_no_job_behind(server, client, queue, work):
@@ -812,6 +846,19 @@ def test_forward_hands_the_payload_and_its_headers_on_unchanged(server, client, 
     assert (path, body) == ("/hook/?a=1", payload)
     assert (headers["Content-Type"], headers["X-Trace-Id"]) == ("image/png", "t1")
     assert (headers["Job-Id"], headers["Job-Queue"], headers["Job-Attempt"]) == (job_id, queue, "1")
+
+
+def test_forward_asks_for_the_whole_result_as_it_is_whatever_the_submitter_asked_for(
+    server, client, queue, work, service
+):
+    work(server.url, "--queue", queue, "--forward", service.url)
+    asked = {"Accept-Encoding": "gzip", "Range": "bytes=0-1", "If-None-Match": '"x"', "X-User": "日".encode()}
+    job_id = client.put(b"x", asked, queue=queue)
+    client.wait_status(job_id, "completed")
+    headers = {name.lower(): value for name, value in service.seen[0][1].items()}
+    assert headers["accept-encoding"] == "identity"
+    assert not headers.keys() & {"range", "if-none-match"}
+    assert headers["x-user"].encode("latin-1").decode() == "日"
 
 
 def test_forward_to_nobody_is_a_retry(server, client, queue, work):

@@ -768,3 +768,32 @@ def test_a_held_submit_and_the_requests_behind_it_are_answered_in_order(server, 
             stream += chunk
     first, second = re.findall(rb"HTTP/1.1 200 OK.*?\r\n\r\n(\{.*?\})", stream, re.DOTALL)
     assert b'"first"' in first and b'"ok"' in second
+
+
+@pytest.mark.parametrize("end, code", [("ttl", "job_expired"), ("cancel", "job_cancelled"), ("clear", "job_cleared")])
+def test_a_job_that_ends_otherwise_after_a_failed_attempt_tells_what_the_worker_said(client, worker, server, end, code):
+    waiting = client.hold(**({"ttl": 5} if end == "ttl" else {}))
+    job = worker.poll()
+    worker.fail(job, "THE-ERROR", delay=30)
+    if end == "ttl":
+        server.clock.advance(6)
+    elif end == "cancel":
+        client.cancel(job.id)
+    else:
+        client.call("DELETE", "/api/admin/clear")
+    problem = check_problem(waiting.result(10))
+    assert (problem["code"], problem["job_id"]) == (code, job.id)
+    assert "THE-ERROR" in problem["detail"] and "took" not in problem["detail"]
+
+
+def test_a_batch_of_jobs_takes_no_idempotency_key(client):
+    answer = client.call("POST", "/api/jobs", b"1\n", {"Content-Type": "application/x-ndjson", "Idempotency-Key": "k"})
+    assert answer.status == 400 and "Idempotency-Key" in check_problem(answer)["detail"]
+    assert client.stats()["total"] == 0
+
+
+def test_a_comma_within_quotes_does_not_end_a_preference(client):
+    waiting = later(lambda: client.call("POST", "/api/submit", b"1", {"Prefer": 'foo="a, wait=0, respond-async"'}))
+    job = WORKERS["http"](client.server).poll(wait=10)
+    WORKERS["http"](client.server).complete(job, b"2")
+    assert waiting.result(10).status == 200

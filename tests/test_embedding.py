@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -152,6 +153,46 @@ def test_starting_and_stopping_leaves_no_thread_and_no_file_open(tmp_path):
         cycle(number)
     wait_until(lambda: not ours() - threads, what="the threads to end")
     assert not [name for name in files() if str(tmp_path) in name]
+
+
+def test_a_grpc_side_that_does_not_start_leaves_no_thread(tmp_path, start):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    before = {thread for thread in threading.enumerate() if "jobqueue" in thread.name}
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="gRPC"):
+        start(grpc_port=taken.getsockname()[1])
+    wait_until(lambda: not {thread for thread in threading.enumerate() if "jobqueue" in thread.name} - before)
+
+
+def test_a_server_is_for_one_run_and_says_so(tmp_path, start):
+    server = start()
+    for _ in ("running", "stopped"):
+        with pytest.raises(RuntimeError, match="once"):
+            server.start()
+        server.stop(drain=0)
+    unborn = jobqueue.Server(data_dir=tmp_path / "never", port=0, grpc_port=None)
+    for use in (lambda: unborn.port, lambda: unborn.submit(b"1"), lambda: unborn.cancel("x"), lambda: unborn.job("x")):
+        with pytest.raises(RuntimeError, match="start"):
+            use()
+
+
+@pytest.mark.parametrize("payload, options", [
+    ({"x": 1}, {}), (None, {}), (1, {}), (b"1", {"headers": {"N": 1}}), (b"1", {"headers": {"N": ["a"]}}),
+    (b"1", {"key": ""}), (b"1", {"key": "k" * 256}),
+], ids=str)
+def test_what_a_job_cannot_hold_is_refused_at_its_submit(start, payload, options):
+    server = start()
+    with pytest.raises((TypeError, jobqueue.JobQueueError)):
+        server.submit(payload, **options)
+    assert Client(server).stats()["total"] == 0
+
+
+def test_a_payload_that_the_program_changes_later_is_as_it_was(start):
+    server = start()
+    data = bytearray(b'{"a":1}')
+    server.submit(data)
+    server.submit(memoryview(data))
+    data[:] = b"CHANGED"
+    assert [next(server.jobs()).payload for _ in range(2)] == [b'{"a":1}'] * 2
 
 
 def test_stop_may_be_called_twice_and_before_the_start(tmp_path, start):

@@ -543,3 +543,64 @@ def test_workers_are_known_by_name(client, worker):
                         for each in client.call("GET", "/api/admin/workers").json()["workers"]}["bob"] == 1)
 
 
+
+
+@pytest.mark.parametrize("wire", WORKERS)
+def test_results_of_a_batch_are_served_as_their_worker_named_them(server, wire):
+    if wire == "grpc":
+        pytest.importorskip("grpc", reason="grpcio is not installed")
+    client, worker = Client(server), WORKERS[wire](server)
+    client.put()
+    job = worker.poll()
+    if wire == "grpc":
+        results = worker.pb.JobResults(results=[worker.pb.JobResult(
+            job_id=job.id, lease_token=job.token, payload_bytes=b"\x89PNG\xff", content_type="image/png")])
+        assert worker.stub.CompleteJobs(results, timeout=10).results[0].status == 200
+    else:
+        row = {"job_id": job.id, "lease_token": job.token, "payload": base64.b64encode(b"\x89PNG\xff").decode(),
+               "payload_encoding": "base64", "content_type": "image/png"}
+        assert ok(client.call("POST", "/api/worker/complete", json.dumps({"results": [row]})))
+    answer = client.call("GET", f"/api/jobs/{job.id}/result")
+    assert (answer.body, answer.headers["content-type"]) == (b"\x89PNG\xff", "image/png")
+
+
+@pytest.mark.parametrize("deep", [b"[" * 1200 + b"]" * 1200, b'{"a":' * 50_000 + b"1" + b"}" * 50_000])
+def test_a_deeply_nested_result_in_a_batch_is_taken_and_so_are_the_others(server, deep):
+    client, worker = Client(server), WORKERS["http"](server)
+    ids = [client.put() for _ in range(3)]
+    jobs = worker.poll_many(3)
+    rows = [b'{"job_id":"%b","lease_token":"%b","payload":%b}' % (job.id.encode(), job.token.encode(), payload)
+            for job, payload in zip(jobs, (b"1", deep, b"3"), strict=True)]
+    answer = ok(client.call("POST", "/api/worker/complete", b'{"results":[%b]}' % b",".join(rows)))
+    assert [row["status"] for row in answer["results"]] == [200] * 3
+    assert [client.result(job_id) for job_id in ids] == [b"1", deep, b"3"]
+    for bad in (deep[:-1], deep + b"]", b"[" * 1200):
+        assert client.call("POST", "/api/worker/complete", b'{"results":[{"payload":%b}]}' % bad).status == 400
+
+
+def test_an_empty_lease_token_is_none_over_http_as_over_grpc(server):
+    client, worker = Client(server), WORKERS["http"](server)
+    ids = [client.put() for _ in range(2)]
+    worker.poll_many(2)
+    assert ok(client.call("POST", f"/api/worker/complete/{ids[0]}?lease_token=", b"1"))
+    rows = {"results": [{"job_id": ids[1], "lease_token": "", "payload": 2}]}
+    assert ok(client.call("POST", "/api/worker/complete", json.dumps(rows)))["results"][0]["status"] == 200
+
+
+@pytest.mark.parametrize("text", ["x" * 20_000, "é" * 4_000])
+def test_an_error_over_grpc_that_quotes_something_long_is_still_that_error(server, text):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    worker = WORKERS["grpc"](server)
+    with refused("job_not_found"):
+        worker.fail(text, "e", token="t")
+    with refused("invalid_parameter"):
+        worker.poll(queue=text)
+
+
+def test_a_poll_says_which_strings_are_text_and_which_are_json(server):
+    client, worker = Client(server), WORKERS["http"](server)
+    for payload, kind in ((b"hello", "text"), (b'"hello"', None), (b"{}", None), (b"\xff", None)):
+        client.put(payload)
+        job = ok(client.call("GET", "/api/worker/poll"))
+        assert job.get("payload_kind") == kind
+        worker.complete(job["job_id"], b"1")
