@@ -5702,13 +5702,18 @@ class GrpcUnavailable(Exception):
 
 
 def _import_grpc() -> tuple[Any, Any, Any]:
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what peers do wrong is not for our stderr
+    quiet = "GRPC_VERBOSITY" not in os.environ
+    if quiet:  # what peers do wrong is not for our stderr; it is read at the import, and is the program's again then
+        os.environ["GRPC_VERBOSITY"] = "ERROR"
     try:
         import grpc
 
         from worker_pb2_gen import worker_pb2, worker_pb2_grpc
     except Exception as error:  # a version that does not fit raises more than ImportError
         raise GrpcUnavailable(f"{type(error).__name__}: {error}") from None
+    finally:
+        if quiet:
+            del os.environ["GRPC_VERBOSITY"]
     return grpc, worker_pb2, worker_pb2_grpc
 
 
@@ -5988,6 +5993,7 @@ class GrpcServer:
     """The gRPC side of a server: worker service, health, reflection."""
 
     SERVICE = "worker.WorkerService"
+    DETAIL = 500  # characters of an error's detail: metadata, of which clients take 8 KiB, percent-encoded
 
     def __init__(self, service: JobService, settings: Settings, clock: Clock) -> None:
         self._grpc, messages, stubs = _import_grpc()
@@ -6064,9 +6070,9 @@ class GrpcServer:
             self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin)
             if problem:  # outside of the try: abort raises
                 context.set_trailing_metadata((("code", problem.code),))
-                detail = (
-                    problem.detail if len(problem.detail) <= 500 else problem.detail[:500] + "..."
-                )  # 8 KiB are sent
+                detail = problem.detail
+                if len(detail) > self.DETAIL:
+                    detail = detail[: self.DETAIL] + "..."
                 context.abort(getattr(self._grpc.StatusCode, problem.grpc_status), detail)
             return answer
 
@@ -6247,10 +6253,10 @@ class Server:
         the job; `server.cancel(future.job_id)` does.
         """
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
-        texts = [*(headers or {}), *dict(headers or {}).values()]
-        if not all(isinstance(text, str) for text in texts):
+        headers = headers or {}
+        if not isinstance(headers, dict) or {str} < {str, *map(type, headers), *map(type, headers.values())}:
             raise TypeError(f"headers must be a dict of str to str, got {headers!r}")
-        terms = self.service.terms(json_text(headers or {}), options, key)
+        terms = self.service.terms(json_text(headers), options, key)
         return _result_future(self.service.submit(_as_bytes(payload), terms, None), self._tellers)
 
     def cancel(self, job_id: str) -> None:
@@ -6577,7 +6583,7 @@ class Worker:
         beat = _Heartbeat(self._heart, job)
         beat.start()
         self._job = job
-        if self._giving_up.is_set():
+        if self._giving_up.is_set():  # since before the job was there to be lost
             job.lose("stopped")
         try:
             verdict = self._run(job)
@@ -6590,8 +6596,8 @@ class Worker:
             log.warning("job_given_up job=%s reason=%s", job.id, job.why_lost)
             if self._giving_up.is_set():
                 self._release(job)
-            return
-        self._hand_in(job, verdict)
+        else:
+            self._hand_in(job, verdict)
         self._job = None
 
     def _release(self, job: PolledJob) -> None:
@@ -6603,6 +6609,7 @@ class Worker:
         """Until the server has taken it or refused it: a completion is idempotent, so it is sent again and again."""
         pause = 0.1
         while True:
+            last = self._giving_up.is_set()
             try:
                 status, _, body = self._client.call(
                     "POST",
@@ -6617,7 +6624,7 @@ class Worker:
                 reason: Any = problem_of(status, body)
             except Unreachable as error:
                 reason = error
-            if self._giving_up.is_set():
+            if last:
                 log.warning("not_handed_in job=%s reason=%s: given up", job.id, reason)
                 return
             log.warning("not_handed_in job=%s reason=%s: trying again in %.1f s", job.id, reason, pause)
@@ -6724,7 +6731,9 @@ def run_command(command: list[str], job: PolledJob) -> Verdict:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The command and what it has started."""
+    """The command and what it has started; once it has been waited for, its number may be another's."""
+    if process.returncode is not None:
+        return
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
 
@@ -6749,6 +6758,8 @@ def forward(url: str, job: PolledJob) -> Verdict:
     """POST the payload to a local service. 2xx completes; 429, 502, 503, 504 and silence ask for a retry."""
     service = Client(url)
     job.on_lost = service.abort
+    if job.lost.is_set():
+        return Verdict("fail", job.why_lost.encode(), {}, {"retry": "true"})
     headers = {name: value.encode() for name, value in job.headers.items() if name.lower() not in _NOT_FORWARDED}
     headers |= {"Job-Id": job.id, "Job-Queue": job.queue, "Job-Attempt": str(job.attempt)}
     parts = urllib.parse.urlsplit(url)
@@ -6908,21 +6919,21 @@ def work(arguments: argparse.Namespace) -> int:
     workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
     threads = [_Working(worker) for worker in workers]
 
-    stopping = threading.Event()
+    told = threading.Event()  # by a first signal
 
     def stop() -> None:
-        stopping.set()
         for worker in workers:
             worker.stop()
 
     def on_signal(*_: Any) -> None:
-        if stopping.is_set():
+        stop()
+        if told.is_set():
             log.info("stopping at once: what runs is ended, its jobs go back in line")
             for worker in workers:
                 worker.give_up()
-            return
-        stop()
-        log.info("stopping: what runs is finished, nothing more is taken; a second signal ends it")
+        else:
+            told.set()
+            log.info("stopping: what runs is finished, nothing more is taken; a second signal ends it")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)

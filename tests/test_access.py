@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import socket
 import ssl
@@ -510,3 +511,14 @@ def test_tokens_are_wanted_over_tls_too(wire, tmp_path, certs):
         for token, status in ((None, 401), ("secret", 204)):
             answer = call(server.url, "GET", "/api/worker/poll", headers=bearer(token), context=certs.context())
             assert answer.status == status
+
+
+def test_a_grpc_caller_who_is_turned_away_by_tls_makes_no_line_that_is_not_the_logs(tmp_path, certs):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    server = start_server(
+        tmp_path, "--tls-cert", str(certs.server_cert), "--tls-key", str(certs.server_key), "--tls-client-ca",
+        str(certs.ca), "--log-format", "json", wrapper=("env", "-u", "GRPC_VERBOSITY"))
+    assert poll_over(server, certs, None) == "UNAVAILABLE"
+    assert server.stop() == 0
+    lines = server.log().splitlines()
+    assert lines and all(isinstance(json.loads(line), dict) for line in lines), lines

@@ -509,6 +509,13 @@ def test_a_token_is_a_line_for_the_file_and_never_the_same_twice(capsys):
 # -- serve
 
 
+def test_an_empty_variable_is_as_good_as_none(tmp_path):
+    empty = dict.fromkeys(("PORT", "GRPC_PORT", "JOBQUEUE_LEASE", "JOBQUEUE_FSYNC", "JOBQUEUE_INSECURE"), "")
+    server = start_server(tmp_path, "--grpc-port", "off", env=empty)
+    assert "fsync=always" in server.log()
+    assert server.stop() == OK
+
+
 def test_a_setting_is_taken_from_the_environment_and_a_flag_wins(tmp_path):
     env = environment(NOBODY, PORT="0", GRPC_PORT="off", JOBQUEUE_DATA_DIR="elsewhere", JOBQUEUE_ATTEMPTS="7",
                       JOBQUEUE_LEASE="11")
@@ -713,7 +720,6 @@ def test_a_worker_whose_server_is_away_can_be_stopped(tmp_path, work, room):
     server = start_server(tmp_path, "--grpc-port", "off")
     Client(server).put()
     worker = work(server.url, "--", "sh", "-c", WAIT_FOR_GO)
-    Client(server).wait_workers(0)
     wait_until(lambda: Client(server).stats()["running"] == 1)
     server.kill()
     (room / "go").touch()

@@ -177,6 +177,7 @@ def test_a_server_is_for_one_run_and_says_so(tmp_path, start):
 
 @pytest.mark.parametrize("payload, options", [
     ({"x": 1}, {}), (None, {}), (1, {}), (b"1", {"headers": {"N": 1}}), (b"1", {"headers": {"N": ["a"]}}),
+    (b"1", {"headers": {1: "a"}}), (b"1", {"headers": ["N", "a"]}),
     (b"1", {"key": ""}), (b"1", {"key": "k" * 256}),
 ], ids=str)
 def test_what_a_job_cannot_hold_is_refused_at_its_submit(start, payload, options):

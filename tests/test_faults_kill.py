@@ -126,9 +126,9 @@ def test_an_acknowledged_pause_and_an_acknowledged_resume_hold_after_kill_9(tmp_
         assert call(server.url, "POST", f"/api/admin/{what}?queue=default").status == 200
 
     with QuickStarts(tmp_path) as starts:
-        load = Load(History(), seed)
+        load, rng = Load(History(), seed), random.Random(seed)
         for _ in range(3):
-            killed_rounds(starts, load, random.Random(seed), 1)
+            killed_rounds(starts, load, rng, 1)
             server = starts.start()
             load.start(server.port)
             order("pause")

@@ -543,8 +543,6 @@ def test_workers_are_known_by_name(client, worker):
                         for each in client.call("GET", "/api/admin/workers").json()["workers"]}["bob"] == 1)
 
 
-
-
 @pytest.mark.parametrize("wire", WORKERS)
 def test_results_of_a_batch_are_served_as_their_worker_named_them(server, wire):
     if wire == "grpc":
