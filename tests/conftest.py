@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import py_compile
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +32,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jobqueue")
 
 HOUR = 3600
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Once for all who import the module, also where PYTHONDONTWRITEBYTECODE keeps them from doing it themselves.
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(OSError):  # a folder that is not ours
+            py_compile.compile(jobqueue.__file__)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
