@@ -1732,6 +1732,17 @@ class LocalEngine(Engine):
     Fields above the line are what a restart brings back; those below live in memory only.
     """
 
+    # Slots: the methods of an object with more than 30 attributes are looked up anew at each call, in Python 3.11.
+    # fmt: off
+    __slots__ = (
+        "_settings", "_clock", "_lock", "journal", "_last_number", "_all_paused", "_jobs", "_order", "_lanes",
+        "_keys", "_ttl_ends", "_unfinished", "_unfinished_bytes", "_finished_bytes", "_random", "_delays", "_leases",
+        "_ttls", "_polls", "_holds", "_kept", "_forget_at", "_watchers", "_clients", "_pollers", "_due", "_ready",
+        "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then", "_inflation",
+        "_workers", "_totals", "_waits", "_now", "_wall", "_alarm", "_timer", "_timer_thread", "_verbs_at_due",
+    )
+    # fmt: on
+
     SCAN = 5_000  # jobs looked at for one page of a listing: a page may be short, the lock is not held for long
     SWEEP = 1_000  # timers settled for one taking of the lock
 
@@ -5412,6 +5423,15 @@ def render(response: Response, keep: bool, date: str, version: int = 1) -> bytes
 
 class HTTPServer(http.server.ThreadingHTTPServer):
     """The sockets. `serve_forever` is the one thread that reads and writes; other threads `post`."""
+
+    # Slots: see LocalEngine. ThreadingHTTPServer has a dictionary for its own.
+    # fmt: off
+    __slots__ = (
+        "settings", "_clock", "patience", "_access_log", "max_held", "_engine", "usual_head", "tls", "_planner",
+        "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections", "held",
+        "stopping", "now", "_second", "date", "_posted", "_awake", "_wake_in", "_wake_out", "_serving",
+    )
+    # fmt: on
 
     GATHER = 0.002  # seconds for which those that come while others wait for a sync are served before it
     request_queue_size = 1024
