@@ -97,9 +97,11 @@ def _number(kind: type, low: float, high: float) -> Callable[[str, Any], Any]:
     def parse(name: str, given: Any) -> Any:
         value = math.nan
         if not isinstance(given, str) or _PLAIN_NUMBER.fullmatch(given):
-            with contextlib.suppress(TypeError, ValueError):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
                 value = kind(given)
                 value = int(value) if value == value // 1 else value  # 60, not 60.0, when it is shown
+                if not isinstance(given, str) and value != given:  # 2.7 attempts
+                    value = math.nan
         if not low <= value <= high:
             whole = "a whole number, " if kind is int and value != value else ""
             raise ValueError(f"{name} must be {whole}{low:.15g} to {high:.15g}, got {given!s}")
@@ -165,6 +167,8 @@ class Setting(NamedTuple):
 
 SECONDS = _number(float, 0, 10 * 365 * DAY)
 COUNT = _number(int, 1, 1 << 40)
+_LEASE = _number(float, 1, 43200)
+_ATTEMPTS = _number(int, 1, 100)
 
 SETTINGS = (
     Setting("host", _text, "127.0.0.1", "address to listen on; a wider one wants --tokens (or --insecure)"),
@@ -173,10 +177,8 @@ SETTINGS = (
     Setting("data_dir", _text, "data", "folder of the journal; made when it is not there"),
     Setting("fsync", _choice("always", "interval", "never"), "always", "when an answer waits for the disk"),
     Setting("fsync_interval", SECONDS, 0.05, "seconds between two syncs with --fsync interval"),
-    Setting(
-        "lease", _number(float, 1, 43200), 300, "seconds a worker has for a job unless it or the job says otherwise"
-    ),
-    Setting("attempts", _number(int, 1, 100), 3, "how often a job is tried unless it says otherwise"),
+    Setting("lease", _LEASE, 300, "seconds a worker has for a job unless it or the job says otherwise"),
+    Setting("attempts", _ATTEMPTS, 3, "how often a job is tried unless it says otherwise"),
     Setting("drain", SECONDS, 30, "seconds a stop waits for the jobs in progress"),
     # 4 MiB less 64 KiB: a job with its headers fits the 4 MiB that a gRPC client takes by default.
     Setting("max_payload", _number(int, 0, 1 << 30), 4128768, "bytes of a payload or a result"),
@@ -221,8 +223,7 @@ class Settings:
         for name in given.keys() - known.keys():
             raise ValueError(f"unknown setting {name!r}; there are {', '.join(known)}")
         for name, setting in known.items():
-            value = given.get(name)
-            setattr(self, name, setting.default if value is None and name not in given else setting.parse(name, value))
+            setattr(self, name, setting.parse(name, given[name]) if name in given else setting.default)
 
 
 # == Clock =============================================================================================================
@@ -508,15 +509,12 @@ def kind_of(data: bytes) -> str:
 
 def _is_json(text: str) -> bool:
     try:
-        if _scan_once(text, 0)[1] == len(text):
-            return True
-        _strict_json(text)  # white space around it is fine
+        if _scan_once(text, 0)[1] < len(text):
+            _strict_json(text)  # white space around it is fine
         return True
     except StopIteration:  # it begins with white space, or is not JSON
-        with contextlib.suppress(ValueError):
-            _strict_json(text)
-            return True
-        return False
+        bare = text.lstrip(" \t\n\r")
+        return len(bare) < len(text) and _is_json(bare)
     except ValueError:
         return False
     except RecursionError:
@@ -888,6 +886,11 @@ def _sync_folder(path: str) -> None:
             os.close(fd)
 
 
+def _private(path: str, flags: int) -> int:
+    """An opener: payloads are nobody else's business."""
+    return os.open(path, flags, 0o600)
+
+
 def _write_all(fd: int, data: bytes) -> None:
     """Write all of it; the first sign of a full disk is a short write, not an error."""
     written = os.write(fd, data)
@@ -1062,7 +1065,7 @@ class Journal:
         reader = self._reader
         names = (f"{self.path}.torn-{n}" for n in itertools.count(1))
         aside = next(name for name in names if not os.path.exists(name))
-        with open(self.path, "rb") as source, open(aside, "xb") as copy:
+        with open(self.path, "rb") as source, open(aside, "xb", opener=_private) as copy:
             source.seek(reader.end)
             while chunk := source.read(MIB):
                 copy.write(chunk)
@@ -1076,9 +1079,10 @@ class Journal:
         anew and synced first: after a failed sync the system may show pages that never reached the disk."""
         try:
             self._start(self._reader, snapshot)
-        except OSError as error:
+        except (OSError, JobQueueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise DiskError(
-                f"{self.path} could not be written and synced: {error.strerror or error}. What it holds is safe. Check "
+                f"{self.path} could not be written and synced: {reason}. What it holds is safe. Check "
                 "the disk and its space, then start again"
             ) from None
         self._committer.start()
@@ -1975,7 +1979,7 @@ class LocalEngine(Engine):
             end = (token and job.token, self._wall, result, kind, content_type)
             late = job.state == "pending"  # it stands in line itself until that is written
             jobs, seq = self._take(None if late else claim, complete_record(job, *end))
-            job = self._move(job, job.completed(*end, seq))
+            job = self._completed(job, end, seq)
             if late:
                 jobs = self._take_if_possible(claim)
         # What is still in line then, the disk refused to lease.
@@ -2011,18 +2015,18 @@ class LocalEngine(Engine):
         job = self._find(job_id)
         if not check_lease(job, token, "fail"):
             return self._promise(Outcome(job, duplicate=True), job.record, job_id)
-        self._count_worker(job.worker, "failed")
         # A lease that ran out was counted as a failed attempt then; its late error is not a second one.
         failures = job.failures + (job.settled != "lapse")
         changes = {"settled": "fail", "failures": failures, "error": error, **_voided(job, token)}
         if retry and failures < job.attempts:
-            self._totals["retries_total"] += 1
             delay = retry_delay(failures) if delay is None else delay
             if delay:
                 changes |= {"delay": delay, "available": self._wall + microseconds(delay)}
             job = self._change(job, "retry" if delay else "retry_now", urgent=True, **changes)
+            self._totals["retries_total"] += 1
         else:
             job = self._change(job, "fail", urgent=True, **changes, finished=self._wall)
+        self._count_worker(job.worker, "failed")
         return self._promise(Outcome(job), job.record, job_id)
 
     @_verb
@@ -2178,7 +2182,8 @@ class LocalEngine(Engine):
         job = self._jobs.get(job_id)
         watched = any(watcher.future and not watcher.future.done() for watcher in self._watchers.get(job_id, ()))
         if job and job.state not in FINAL and not watched:
-            self._change(job, "cancel", urgent=True, finished=self._wall)
+            with contextlib.suppress(JobQueueError):  # the disk did not take it: the job goes on
+                self._change(job, "cancel", urgent=True, finished=self._wall)
 
     # -- the lock is held: changing a job
 
@@ -2351,13 +2356,17 @@ class LocalEngine(Engine):
         return self._change(job, "requeue", wall=wall, **fresh)
 
     def _may_complete(self, job: Job, token: str | None) -> bool:
-        """As check_lease has it; and count it."""
-        if not check_lease(job, token, "complete"):
-            self._totals["duplicate_completions_total"] += 1
-            return False
+        """As check_lease has it; a duplicate is counted."""
+        if check_lease(job, token, "complete"):
+            return True
+        self._totals["duplicate_completions_total"] += 1
+        return False
+
+    def _completed(self, job: Job, end: tuple, record: int) -> Job:
+        """The job's end is written: as what it ends."""
         self._totals["late_completions_total"] += job.settled == "lapse"
         self._count_worker(job.worker, "completed")
-        return True
+        return self._move(job, job.completed(*end, record))
 
     def _complete_batch(self, batch: dict[str, tuple], outcomes: list[Outcome | JobQueueError]) -> None:
         """Complete these with one write, or one by one where the disk has no room for all; their outcomes take their
@@ -2376,7 +2385,7 @@ class LocalEngine(Engine):
                     self._complete_batch({one[1].id: one}, outcomes)
             return
         for seq, (place, job, end) in enumerate(ends, last - len(ends) + 1):
-            outcomes[place] = Outcome(self._move(job, job.completed(*end, seq)))
+            outcomes[place] = Outcome(self._completed(job, end, seq))
 
     def _forget_old(self) -> None:
         """Drop finished jobs that are past their time, or too many, or too large together; the oldest first."""
@@ -2483,9 +2492,14 @@ class LocalEngine(Engine):
         chosen: list[Job] = []
         if claim is None:
             return chosen
+        room = self._settings.max_batch
         for queue in claim.queues:
             lane = self._lanes.get(queue)
             while len(chosen) < claim.max and (job := self._first(lane)) is not None:
+                if chosen:  # a batch: its answer has to be built and sent in one piece
+                    room -= job.size
+                    if room < 0:
+                        return chosen
                 heap = lane.heaps[job.priority]
                 while heap and heap[0][1] == job.id:  # twice, where it left the line by another way and came back
                     heapq.heappop(heap)
@@ -2652,8 +2666,7 @@ class LocalEngine(Engine):
             self._timer.notify()
 
     def _set_alarm(self) -> None:
-        self._alarm = min(timers.first() for timers, _ in self._verbs_at_due)
-        self._alarm = min(self._alarm, self._forget_at)
+        self._alarm = min(self._forget_at, *(timers.first() for timers, _ in self._verbs_at_due))
 
     def _settle_due(self) -> None:
         """What the clock has brought, kind by kind; a full disk is tried again a second later."""
@@ -2679,13 +2692,13 @@ class LocalEngine(Engine):
 
     def _lease_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
-        self._totals["leases_lapsed_total"] += 1
         lost = {"failures": job.failures + 1, "settled": "lapse"}
         if job.failures + 1 >= job.attempts:
             error = f"the lease of {job.lease_seconds:g} s ran out on attempt {job.failures + 1}"
             self._change(job, "fail", urgent=True, **lost, error=error, finished=self._wall)
         else:
             self._change(job, "lapse", urgent=True, **lost)
+        self._totals["leases_lapsed_total"] += 1
 
     def _ttl_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
@@ -2795,17 +2808,17 @@ def _as_counts(counts: dict[str, int]) -> dict[str, int]:
 # What both wires call: who may, what is allowed, what is meant where nothing was said.
 
 SCOPES = ("client", "worker", "admin")
+# In one batch; more would hold up everybody else for more than a second (results for half of one).
+MAX_LINES = 50_000
+MAX_RESULTS = 10_000
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+(\s*;[\x20-\x7e]*)?")
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+([ \t]*;[\x20-\x7e]*)?")
 
 
 @functools.lru_cache(64)
 def _media_type(given: str) -> str:
     """A malformed one is no reason to refuse a result."""
     return given if _MEDIA_TYPE.fullmatch(given) else "application/octet-stream"
-
-
-MAX_LINES = 50_000  # payloads in one batch: more would hold up everybody else for over a second
 
 
 def _queue(name: str, given: str) -> str:
@@ -2828,9 +2841,9 @@ def _true(name: str, given: str) -> bool:
     return _choice("true", "false")(name, given) == "true"
 
 
-_LEASE = _number(float, 1, 43200)
 _WAIT = _number(float, 0, 300)
 _DELAY = _number(float, 0, 30 * DAY)
+_MAX = _number(int, 1, 1000)  # jobs for one poll, or one page
 
 # What a query may carry, by kind of call: name -> (parser, what it is).
 SUBMIT_PARAMETERS = {
@@ -2839,7 +2852,7 @@ SUBMIT_PARAMETERS = {
     "delay": (_DELAY, "seconds before it may be handed out; at most 30 days"),
     "ttl": (_number(float, 0.001, 365 * DAY), "seconds after which it is not handed out any more"),
     "lease": (_LEASE, "seconds a worker has for it"),
-    "attempts": (_number(int, 1, 100), "how often it is tried"),
+    "attempts": (_ATTEMPTS, "how often it is tried"),
     "wait": (_number(float, 0, DAY), "seconds to wait for the result; 0: answer 202 at once"),
     "on_disconnect": (_choice("cancel", "continue"), "what a client that hangs up means for its job"),
 }
@@ -2955,6 +2968,8 @@ class JobService:
 
     def complete_many(self, results: list[tuple[str, str | None, bytes, str | None]]) -> Future:
         """Future of a list of Outcome or JobQueueError, in order of (job_id, token, result, content_type)."""
+        if len(results) > MAX_RESULTS:
+            raise JobQueueError("invalid_request", f"a batch has at most {MAX_RESULTS} results, got {len(results)}")
         for _, _, data, _ in results:
             self.check_size(data, "result")
         return self.engine.complete_many(
@@ -3023,7 +3038,6 @@ class Route(NamedTuple):
     parameters: dict[str, tuple[Callable, str]] = {}
     body: str | None = None  # payload, batch or none: which limit holds
     slow: bool = False  # may take a while: gets a thread of its own
-    prepare: str | None = None  # a method of HttpApi: Asked -> what the handler needs of it
 
 
 class Asked:
@@ -3036,7 +3050,7 @@ class Asked:
         self.headers = headers  # by lower-case names
         self.forwarded = forwarded  # what a worker gets of them, as JSON text
         self.peer = peer
-        self.prepared: Any = None  # by Route.prepare
+        self.prepared: Any = None  # by HttpApi.prepare_<handler>
 
 
 class Request:
@@ -3128,7 +3142,7 @@ class HttpApi:
 
     def __init__(self, service: JobService, pages: dict[str, Callable[[], Response]]) -> None:
         self._service, self._engine = service, service.engine
-        self.__dict__.update((name, lambda request, page=page: page()) for name, page in pages.items())
+        vars(self).update(pages)
 
     # -- clients
 
@@ -3312,7 +3326,7 @@ class HttpApi:
 
     def fail(self, request: Request) -> Later:
         get = request.parameters.get
-        error = request.body.decode(errors="replace")
+        error = request.body[: 64 * KIB].decode(errors="replace")
         future = self._service.fail(request.job_id, request.token, error, get("retry"), get("delay"))
         return Later(future, self._failed)
 
@@ -3462,6 +3476,8 @@ def _members(text: str, at: int) -> tuple[dict[str, str], int]:
             value = text[at:end]
             at = _BLANK.match(text, end).end()
             mark, at = text[at : at + 1], at + 1
+        if name in members or len(members) == 50:  # so many has nobody, save to keep us busy
+            raise ValueError(f"{name!r:.100} is a member too many")
         members[name] = value
     if mark != "}":
         raise ValueError(", or } is missing")
@@ -3486,6 +3502,8 @@ def batch_members(body: bytes) -> list[dict[str, str]]:
         at = _past(text, _past(text, at, ":"), "[")
         rows: list[dict[str, str]] = []
         while text[at : at + 1] != "]":
+            if len(rows) == MAX_RESULTS:
+                raise ValueError(f"a batch has at most {MAX_RESULTS} results")
             if rows:
                 at = _past(text, at, ",")
             row, at = _members(text, at)
@@ -3506,7 +3524,7 @@ _WAIT_PARAMETER = {"wait": (_WAIT, "seconds to wait for the end")}
 _LISTING = {
     **QUEUE_PARAMETER,
     **_STATUS,
-    "limit": (_number(int, 1, 1000), "jobs at most; default 100"),
+    "limit": (_MAX, "jobs at most; default 100"),
     "after": (_number(int, 0, 1 << 62), "the cursor `next` of the page before"),
 }
 _MANY = {name: row for name, row in SUBMIT_PARAMETERS.items() if name not in ("wait", "on_disconnect")}
@@ -3528,7 +3546,6 @@ ROUTES = (
         "Submit a job and wait for its result",
         SUBMIT_PARAMETERS,
         "payload",
-        prepare="prepare_submit",
     ),
     Route(
         "POST",
@@ -3550,8 +3567,7 @@ ROUTES = (
         "poll",
         "worker",
         "Take a job",
-        {**CLAIM_PARAMETERS, "max": (_number(int, 1, 1000), "take up to so many; the answer is a list then")},
-        prepare="prepare_poll",
+        {**CLAIM_PARAMETERS, "max": (_MAX, "take up to so many; the answer is a list then")},
     ),
     Route("POST", "/api/worker/complete", "complete_many", "worker", "Hand in many results", {}, "batch"),
     Route(
@@ -3562,7 +3578,6 @@ ROUTES = (
         "Hand in a result",
         _COMPLETE,
         "payload",
-        prepare="prepare_complete",
     ),
     Route("POST", "/api/worker/fail/{job_id}", "fail", "worker", "Say that an attempt failed", _FAIL, "payload"),
     Route(
@@ -3613,7 +3628,10 @@ class Router:
     def __init__(self, routes: Iterable[Route]) -> None:
         self._paths: dict[str, dict[str, Route]] = {}
         for route in routes:
-            self._paths.setdefault(route.path, {})[route.method] = route
+            methods = self._paths.setdefault(route.path, {})
+            methods[route.method] = route
+            if route.method == "GET" and route.handler != "poll":  # a HEAD would lose the job that it takes
+                methods["HEAD"] = route
 
     def find(self, method: str, path: str) -> tuple[Route, str | None]:
         """The route and the job_id in the path; HEAD finds GET where that changes nothing. Raises not_found and
@@ -3623,12 +3641,10 @@ class Router:
             methods, job_id = self._match(path[:-1])
         if methods is None:
             raise JobQueueError("not_found", f"there is no {path[:200]!r}")
-        route = methods.get("GET" if method == "HEAD" else method)
-        if route is None or (method == "HEAD" and route.handler == "poll"):
+        route = methods.get(method)
+        if route is None:
             error = JobQueueError("method_not_allowed", f"{path[:200]} does not take {method[:20]}")
-            error.allow = ", ".join(
-                sorted({*methods, *(["HEAD"] if "GET" in methods and methods["GET"].handler != "poll" else [])})
-            )
+            error.allow = ", ".join(sorted(methods))
             raise error
         return route, job_id
 
@@ -3813,7 +3829,7 @@ def _operation(route: Route) -> dict[str, Any]:
         operation["parameters"].insert(
             0, {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}}
         )
-    if route.method == "POST" and route.body:
+    if route.body:
         operation["requestBody"] = {"content": {_BODY_TYPES.get(route.handler, "*/*"): {}}}
     if route.scope:
         operation["security"] = [{}, {"token": []}]
@@ -4677,8 +4693,6 @@ _PRIVATE = frozenset(
     )
 )
 
-_REASONS = {status: http.client.responses.get(status, "Unknown") for status in range(100, 600)}
-
 
 def _bad_http(detail: str) -> JobQueueError:
     return JobQueueError("bad_http", detail)
@@ -4920,8 +4934,9 @@ class Planner:
         asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
         plan.handle, plan.holds = getattr(self._api, route.handler), route.scope != "worker"
         plan.limit = self._limits[route.body]
-        if route.prepare:
-            asked.prepared = getattr(self._api, route.prepare)(asked)
+        prepare = getattr(self._api, f"prepare_{route.handler}", None)
+        if prepare:
+            asked.prepared = prepare(asked)
 
     def _admit(self, route: Route, head: Head) -> None:
         """Who may: by token; without tokens, whoever is not led here by a web page of another site."""
@@ -4972,7 +4987,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, address: Any, server: HTTPServer) -> None:
         self._server, self._sock = server, sock
-        self.peer = address[0] if isinstance(address, tuple) else "local"
+        self.peer = address[0]
         self._buffer, self._out = bytearray(), b""
         self._plan: Plan | None = None
         self._body: _Chunks | int | None = None  # what is being read: chunks, or so many bytes
@@ -4993,7 +5008,7 @@ class Connection:
         try:
             if self.state == _HANDSHAKE:
                 self._shake_hands()
-            if mask != _READ and mask & _WRITE and self.state != _CLOSED:
+            if mask & _WRITE and self.state != _CLOSED:
                 self._flush()
             if mask & _READ and self.state > _HANDSHAKE:
                 self._read()
@@ -5017,6 +5032,8 @@ class Connection:
         else:
             self.state = _READING
             self._listen(_READ)
+            if self._refusal is not None:
+                self.refuse_at_once(self._refusal)
 
     def _answer_in_clear(self) -> None:
         """Somebody speaks plain HTTP where TLS is spoken: a sentence says more than a reset."""
@@ -5254,6 +5271,8 @@ class Connection:
     def _go_on(self) -> None:
         if self._buffer and not self._advancing:  # what was sent on without waiting for the answer
             self._advance()
+            if self.state == _READING:
+                self._listen(self._events | _READ)  # _read stopped where the buffer was full
 
     @staticmethod
     def _lose(later: Later, value: Any) -> None:
@@ -5291,7 +5310,7 @@ class Connection:
     def _write(self, data: bytes) -> bool:
         """Send, or keep what the socket does not take; False when the connection is gone."""
         if self._out:
-            self._out += data
+            self._out = bytes(self._out) + data
             return True
         try:
             sent = self._sock.send(data)
@@ -5301,7 +5320,7 @@ class Connection:
             self.close()
             return False
         if sent < len(data):
-            self._out = data[sent:]
+            self._out = memoryview(data)[sent:]  # not a copy for each send
             self._listen(self._events | _WRITE)
             self._set_deadline(self._server.now + self._server.settings.body_timeout + len(data) / (16 * KIB))
         return True
@@ -5349,9 +5368,12 @@ class Connection:
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
     def refuse_at_once(self, error: JobQueueError) -> None:
-        """One connection too many."""
+        """One connection too many; over TLS it is told after the handshake."""
         self._keep = False
-        self._respond(error_response(error, close=True))
+        if self.state == _HANDSHAKE:
+            self._refusal = error
+        else:
+            self._respond(error_response(error, close=True))
 
     # -- the end
 
@@ -5370,9 +5392,6 @@ class Connection:
 
     def busy(self) -> bool:
         return self.state == _HELD or bool(self._out)
-
-    def idle(self) -> bool:
-        return self.state == _READING and not self._buffer and self._body is None and not self._out
 
     def close(self) -> None:
         """Gone: whoever works for it is told by the future, without any lock of the engine's."""
@@ -5400,7 +5419,7 @@ def _allowed(error: JobQueueError) -> tuple[tuple[str, str], ...]:
 @functools.lru_cache(256)
 def _status_line(status: int, kind: str | None, keep: bool, version: int, date: str) -> bytes:
     """What the answers of a second have in common."""
-    lines = f"HTTP/1.1 {status} {_REASONS[status]}\r\nDate: {date}\r\n"
+    lines = f"HTTP/1.1 {status} {http.client.responses[status]}\r\nDate: {date}\r\n"
     if kind is not None:
         lines += f"Content-Type: {kind}\r\n"
     if not keep:
@@ -5444,14 +5463,13 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         service: JobService,
         settings: Settings,
         clock: Clock,
-        routes: Iterable[Route] = ROUTES,
     ) -> None:
         self.settings, self._clock = settings, clock
         self.patience, self._access_log = settings.idle_timeout, settings.access_log
         self.max_held, self._engine = settings.max_held, service.engine
         self.usual_head = min(2048, settings.max_headers)  # bytes of a head whose plan is kept
         self.tls = tls_context(settings)
-        self._planner = Planner(settings, service.access, Router(routes), api)
+        self._planner = Planner(settings, service.access, Router(ROUTES), api)
         self.no_plan, self.requests = self._planner.blank(), self._planner.seen
         self._known_plan = functools.lru_cache(1024)(self._planner.plan)
         self._known_kind = functools.lru_cache(1024)(self._plan_of_kind)
@@ -5475,9 +5493,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Without the reverse look-up of the name that HTTPServer does."""
-        if os.name == "nt":
-            self.allow_reuse_address = False
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) if self.allow_reuse_address else None
+        if os.name != "nt":  # there it would let two servers share the port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
@@ -5931,7 +5948,7 @@ class WorkerServicer:
         checked = self._checked
         queues = tuple(dict.fromkeys(checked(_queue, "queues", queue) for queue in request.queues)) or ("default",)
         lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
-        most = checked(_number(int, 1, 1000), "max", request.max) if request.max else 1
+        most = checked(_MAX, "max", request.max) if request.max else 1
         worker = checked(_label, "worker", request.worker) or _peer_of(context)
         return Claim(queues, most, lease, checked(_WAIT, "wait_seconds", request.wait_seconds), worker)
 
@@ -5957,14 +5974,14 @@ class WorkerServicer:
     def _wait(self, future: Future, context: Any, wait: float) -> Any:
         """Park this thread until the answer is there; a caller that hangs up leaves the line."""
         if not future.done() and wait:
-            if not self._parking.acquire(blocking=False):
-                future.cancel()
+            if self._parking.acquire(blocking=False):
+                future.add_done_callback(lambda _: self._parking.release())
+                if not context.add_callback(future.cancel):
+                    future.cancel()
+            elif future.cancel():  # else its answer is on its way: only the disk is waited for
                 raise JobQueueError(
                     "too_many_clients", "too many long polls over gRPC; poll without wait, or raise --grpc-threads"
                 )
-            future.add_done_callback(lambda _: self._parking.release())
-            if not context.add_callback(future.cancel):
-                future.cancel()
         return self._result(future)
 
     def _result(self, future: Future) -> Any:
@@ -6218,9 +6235,9 @@ class Server:
         document = json_text(openapi(ROUTES)).encode()
         page = Response(200, DASHBOARD.encode(), "text/html; charset=utf-8", _page_headers(DASHBOARD))
         return {
-            "openapi": lambda: Response(200, document),
-            "dashboard": lambda: page,
-            "metrics": lambda: Response(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8"),
+            "openapi": lambda _: Response(200, document),
+            "dashboard": lambda _: page,
+            "metrics": lambda _: Response(200, self._metrics().encode(), "text/plain; version=0.0.4; charset=utf-8"),
         }
 
     def _metrics(self) -> str:
@@ -6288,8 +6305,15 @@ class Server:
         return job_view(self.engine.view(job_id, 0).result())
 
     def jobs(self, *queues: str, lease: float | None = None, worker: str = "in-process") -> Iterator[LeasedJob]:
-        """Take the jobs of these queues (none: default) one by one, waiting for each, until the server stops."""
-        claim = Claim(queues or ("default",), 1, lease, 3600.0, worker)
+        """Take the jobs of these queues (none: default) one by one, waiting for each, until the server stops.
+
+        `lease`: seconds for each job (None: what the job or the server says). ValueError where a name is none.
+        """
+        queues = tuple(_queue("queue", name) for name in queues) or ("default",)
+        lease = None if lease is None else _LEASE("lease", lease)
+        return self._leased(Claim(queues, 1, lease, 3600.0, _label("worker", worker)))
+
+    def _leased(self, claim: Claim) -> Iterator[LeasedJob]:
         while True:
             try:
                 jobs = self.engine.poll(claim).result()
@@ -6365,7 +6389,10 @@ class LeasedJob:
         self._service.complete(self.id, self._job.token, _as_bytes(result)).result()
 
     def fail(self, error: str, *, retry: bool = True, delay: float | None = None) -> None:
-        """The attempt failed; see the `fail` route."""
+        """The attempt failed, for `error`; the next one comes after `delay` seconds (None: as the server has it)."""
+        if not isinstance(error, str):
+            raise TypeError(f"the error must be a str, got {type(error).__name__}")
+        delay = None if delay is None else _DELAY("delay", delay)
         self._service.fail(self.id, self._job.token, error, retry, delay).result()
 
     def release(self) -> None:
@@ -6374,6 +6401,7 @@ class LeasedJob:
 
     def extend(self, lease: float | None = None) -> bool:
         """Keep it for `lease` seconds from now (None: as long as before); False when it was cancelled."""
+        lease = None if lease is None else _LEASE("lease", lease)
         return self._service.engine.extend(self.id, self._job.token, lease).job.state != "cancelled"
 
 
@@ -6591,7 +6619,10 @@ class Worker:
             if self._stopping.is_set():
                 self._client.reopen()
         if status == 200:
-            return PolledJob(body)
+            try:
+                return PolledJob(body)
+            except (ValueError, LookupError, TypeError) as error:
+                raise Unreachable(f"it does not answer as a jobqueue server does ({error!r})") from None
         if status != 204:
             problem = problem_of(status, body)
             if status < 500:
@@ -6627,7 +6658,7 @@ class Worker:
 
     def _hand_in(self, job: PolledJob, verdict: Verdict) -> None:
         """Until the server has taken it or refused it: a completion is idempotent, so it is sent again and again."""
-        pause = 0.1
+        pause = 0.0  # the first time at once: while the job ran, the server may have closed the idle connection
         while True:
             last = self._giving_up.is_set()
             try:
@@ -6647,9 +6678,10 @@ class Worker:
             if last:
                 log.warning("not_handed_in job=%s reason=%s: given up", job.id, reason)
                 return
-            log.warning("not_handed_in job=%s reason=%s: trying again in %.1f s", job.id, reason, pause)
+            if pause:
+                log.warning("not_handed_in job=%s reason=%s: trying again in %.1f s", job.id, reason, pause)
             self._giving_up.wait(pause)
-            pause = min(5.0, pause * 2)
+            pause = min(5.0, pause * 2 or 0.1)
         if status == 200:
             log.info("job_%s job=%s", {"complete": "completed", "fail": "failed"}[verdict.verb], job.id)
         elif status == 413 and verdict.verb == "complete":
@@ -7281,7 +7313,7 @@ def _work_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", help="queues, comma-separated, in order (default: default)")
     parser.add_argument(
         "--concurrency",
-        type=_flag(_number(int, 1, 1000)),
+        type=_flag(_MAX),
         default=1,
         metavar="N",
         help="jobs at the same time (default 1)",

@@ -440,9 +440,9 @@ def journal(process) -> Path:
     worker.complete(worker.poll(), b"1")
     client.put(b'"two"')
     # A journal in use may be checked: it is only read.
-    assert "good" in said(spawn(NOBODY, "check", str(server.process.args[3])))
+    assert "good" in said(spawn(NOBODY, "check", str(server.data_dir)))
     assert server.stop() == OK
-    return Path(server.process.args[3]) / "journal.jsonl"
+    return server.data_dir / "journal.jsonl"
 
 
 def test_check_says_what_a_journal_holds(journal, capsys):
@@ -539,9 +539,9 @@ def test_a_port_that_is_taken_is_exit_2_and_a_folder_in_use_exit_3(server, tmp_p
     done = spawn(NOBODY, *flags, "--port", str(server.port))
     said(done, USAGE)
     assert str(server.port).encode() in done.stderr
-    done = spawn(NOBODY, "--grpc-port", "off", "--port", "0", "--data-dir", server.process.args[3])
+    done = spawn(NOBODY, "--grpc-port", "off", "--port", "0", "--data-dir", str(server.data_dir))
     said(done, DATA)
-    assert server.process.args[3].encode() in done.stderr
+    assert str(server.data_dir).encode() in done.stderr
 
 
 def test_a_port_for_grpc_that_is_taken_is_exit_2(server, tmp_path):
