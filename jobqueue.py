@@ -1006,8 +1006,8 @@ class JournalReader:
 class Journal:
     """The file of a data folder: read it, append to it, wait for the disk, compact it, close it.
 
-    `fsync` is `always`, `interval` or `never`. `failed` is called once, from a thread of the journal's, when the disk
-    cannot be trusted any more. Append and settle are called under `lock`, the engine's, so their order is its order.
+    `fsync` is `always`, `interval` or `never`. `failed` is called once, under whatever lock, when the disk cannot be
+    trusted any more. Append and settle are called under `lock`, the engine's, so their order is its order.
     """
 
     VERSION = 1
@@ -1022,6 +1022,7 @@ class Journal:
         lock: contextlib.AbstractContextManager,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
+        folder = os.path.abspath(folder)  # a program may change its directory
         self.folder, self.path = folder, os.path.join(folder, "journal.jsonl")
         self._settings, self._clock, self._on_failure = settings, clock, failed
         self.durable = settings.fsync == "always"
@@ -1038,12 +1039,14 @@ class Journal:
         self._leader = 0  # the thread that commits after its own verbs
         self._quick = True  # is the disk quick enough for that?
         self._switch: _NewFile | None = None
+        self._refusing = False  # did the disk refuse the last append?
+        self._look_again = 0.0  # when it is time to see whether there is room for the reserve
         self._closing = False
         self._marked = 0  # the record up to which no watermark needs to be written
         self._committer = threading.Thread(target=self._commit_forever, name="jobqueue-commit", daemon=True)
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            self._lock = _lock_file(os.path.join(folder, ".lock"))
+            self._lock_fd = _lock_file(os.path.join(folder, ".lock"))
         except OSError as error:
             raise DataError(f"{folder} cannot be used as the data folder: {error.strerror}") from None
         self._reserve = _Reserve(os.path.join(folder, "reserve"), settings.reserve)
@@ -1052,27 +1055,52 @@ class Journal:
 
     def read(self) -> Iterator[dict[str, Any]]:
         """The records that the folder holds; a torn tail is copied aside. Call `start` afterwards."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + ".new")  # a compaction that did not come to its end
-        self._reader = None
-        if os.path.exists(self.path):
-            self._reader = JournalReader(self.path)
-            yield from self._reader
-            if self._reader.torn:
-                self._set_torn_aside()
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + ".new")  # a compaction that did not come to its end
+            self._reader = None
+            if os.path.exists(self.path):
+                self._reader = JournalReader(self.path)
+                yield from self._reader
+                if self._reader.torn:
+                    self._set_torn_aside()
+        except PermissionError as error:
+            raise DataError(f"{error.filename or self.path} cannot be used: {error.strerror}") from None
+        except OSError as error:
+            raise self._disk_error("read", error) from None
+
+    def _disk_error(self, what: str, error: Exception) -> DiskError:
+        reason = getattr(error, "strerror", None) or error
+        return DiskError(
+            f"{self.path} could not be {what}: {reason}. What it holds is safe. Check the disk and its space, then "
+            "start again"
+        )
 
     def _set_torn_aside(self) -> None:
         reader = self._reader
         names = (f"{self.path}.torn-{n}" for n in itertools.count(1))
         aside = next(name for name in names if not os.path.exists(name))
-        with open(self.path, "rb") as source, open(aside, "xb", opener=_private) as copy:
-            source.seek(reader.end)
-            while chunk := source.read(MIB):
-                copy.write(chunk)
-            copy.flush()
-            os.fsync(copy.fileno())
+        try:
+            self._copy_tail(aside, reader.end)
+        except OSError:
+            if not self._reserve.spend():
+                raise
+            self._copy_tail(aside, reader.end)
         _sync_folder(self.folder)
         log.warning("torn_tail file=%s offset=%d bytes=%d copied_to=%s", self.path, reader.end, reader.torn, aside)
+
+    def _copy_tail(self, aside: str, offset: int) -> None:
+        try:
+            with open(self.path, "rb") as source, open(aside, "xb", opener=_private) as copy:
+                source.seek(offset)
+                while chunk := source.read(MIB):
+                    copy.write(chunk)
+                copy.flush()
+                os.fsync(copy.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            raise
 
     def start(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
         """Open for appending; a new journal begins with `snapshot`. After an unclean stop what was read is written
@@ -1080,11 +1108,7 @@ class Journal:
         try:
             self._start(self._reader, snapshot)
         except (OSError, JobQueueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DiskError(
-                f"{self.path} could not be written and synced: {reason}. What it holds is safe. Check "
-                "the disk and its space, then start again"
-            ) from None
+            raise self._disk_error("written and synced", error) from None
         self._committer.start()
 
     def _start(self, reader: JournalReader | None, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
@@ -1129,8 +1153,11 @@ class Journal:
             self._committer.join()
         with self._committing:
             if not self.failure and self._file >= 0:
-                with self._tail, contextlib.suppress(OSError, JobQueueError):
-                    self._append_closing()
+                try:
+                    with self._tail, contextlib.suppress(JobQueueError):  # no room for it: then without
+                        self._append_closing()
+                except OSError as error:
+                    self._fail(error)
             self.abandon()
 
     def _append_closing(self) -> None:
@@ -1145,11 +1172,14 @@ class Journal:
     def abandon(self) -> None:
         """Let go of the folder and leave the file as it is."""
         with self._tail:
-            fds, self._file, self._lock = (self._file, self._lock), -1, -1
+            file, lock, self._file, self._lock_fd = self._file, self._lock_fd, -1, -1
             self.failure = self.failure or OSError(errno.EBADF, "the journal is closed")
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        if file >= 0:
+            os.close(file)
+        if lock >= 0:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was forked meanwhile has it too
+            os.close(lock)
 
     # -- appending; the engine's lock is held
 
@@ -1161,7 +1191,7 @@ class Journal:
         """
         if self.failure:
             raise self.unknown(None)
-        if self._reserve.spent and not urgent and not self._reserve.fill():
+        if self._reserve.spent and not self._refilled(urgent) and not urgent:
             raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
         seq = self.seq
         if len(bodies) == 1:
@@ -1171,23 +1201,38 @@ class Journal:
         try:
             _write_all(self._file, data)
         except OSError as error:
-            self._refuse(error, data, urgent)
+            self._write_again(error, data, urgent)
+        except BaseException:  # a program's Ctrl-C
+            self._cut()
+            raise
+        if self._refusing:
+            self._refusing = False
         self.size += len(data)
         self.seq = seq = seq + len(bodies)
         if self._asleep:
             self._rouse()
         return seq
 
-    def _refuse(self, error: OSError, data: bytes, urgent: bool) -> None:
+    def _refilled(self, urgent: bool) -> bool:
+        """Was there room for the reserve again? Looked at by each submit, and once a second by what is urgent."""
+        now = self._clock.monotonic()
+        if urgent and now < self._look_again:
+            return False
+        self._look_again = now + 1
+        return self._reserve.fill()
+
+    def _write_again(self, error: OSError, data: bytes, urgent: bool) -> None:
         """A write failed: nothing of it stays. Once more, where the reserve makes room for it; else raise."""
         self._cut()
-        log.error("write_failed file=%s error=%s", self.path, error)
+        if not self._refusing:
+            log.error("write_failed file=%s error=%s", self.path, error)
         if urgent and error.errno in (errno.ENOSPC, errno.EDQUOT) and self._reserve.spend():
             try:
                 return _write_all(self._file, data)
             except OSError as again:
                 self._cut()
                 error = again
+        self._refusing = True
         raise JobQueueError("disk_full", f"the disk did not take it: {error.strerror}")
 
     def _cut(self) -> None:
@@ -1313,7 +1358,7 @@ class Journal:
                 error,
             )
             self._rouse()
-            threading.Thread(target=self._on_failure, name="jobqueue-failed", daemon=True).start()
+            self._on_failure()
 
     def _refuse_waiting(self) -> None:
         with self._wake:
@@ -1331,7 +1376,7 @@ class Journal:
         """For METRICS."""
         return {
             "journal_bytes": self.size,
-            "disk_full": int(self._reserve.spent),
+            "disk_full": int(self._reserve.spent or self._refusing),
             "commit_seconds": self._commits,
             "fsync_seconds": self._syncs,
         }
@@ -1439,6 +1484,8 @@ class _NewFile:
             old.seek(self._offset)
             while self._offset < end:
                 chunk = old.read(min(MIB, end - self._offset))
+                if not chunk:
+                    raise OSError(errno.EIO, "the journal is shorter than what was written to it")
                 self._write(chunk)
                 self._offset += len(chunk)
 
@@ -1582,7 +1629,8 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def requeue_some(self, state: str, queue: str | None, after: int | None) -> tuple[int, int | None]:
-        """Requeue a page of the final jobs in `state`; how many, and the number to go on from (None at the end)."""
+        """Requeue a page of the final jobs in `state`, all or none of them; how many, and the number to go on from
+        (None at the end)."""
 
     @abc.abstractmethod
     def pause(self, queue: str | None, paused: bool) -> Future:
@@ -1739,11 +1787,12 @@ class LocalEngine(Engine):
     # Slots: the methods of an object with more than 30 attributes are looked up anew at each call, in Python 3.11.
     # fmt: off
     __slots__ = (
-        "_settings", "_clock", "_lock", "journal", "_last_number", "_all_paused", "_jobs", "_order", "_lanes",
-        "_keys", "_ttl_ends", "_unfinished", "_unfinished_bytes", "_finished_bytes", "_random", "_delays", "_leases",
-        "_ttls", "_polls", "_holds", "_kept", "_forget_at", "_watchers", "_clients", "_pollers", "_due", "_ready",
-        "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then", "_inflation",
-        "_workers", "_totals", "_waits", "_now", "_wall", "_alarm", "_timer", "_timer_thread", "_verbs_at_due",
+        "_settings", "_clock", "_failed", "_lock", "journal", "_last_number", "_all_paused", "_jobs", "_order",
+        "_lanes", "_keys", "_ttl_ends", "_unfinished", "_unfinished_bytes", "_finished_bytes", "_random", "_delays",
+        "_leases", "_ttls", "_polls", "_holds", "_unties", "_kept", "_forget_at", "_watchers", "_clients", "_pollers",
+        "_due", "_ready", "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then",
+        "_inflation", "_workers", "_totals", "_waits", "_now", "_wall", "_alarm", "_timer", "_timer_thread",
+        "_verbs_at_due",
     )
     # fmt: on
 
@@ -1753,7 +1802,8 @@ class LocalEngine(Engine):
     def __init__(self, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None) -> None:
         self._settings, self._clock = settings, clock
         self._lock = threading.Lock()
-        self.journal = Journal(settings.data_dir, settings, clock, self._lock, failed)
+        self._failed = failed
+        self.journal = Journal(settings.data_dir, settings, clock, self._lock, self._disk_failed)
         self._last_number = 0
         self._all_paused = False
         self._jobs: dict[str, Job] = {}
@@ -1764,7 +1814,7 @@ class LocalEngine(Engine):
         self._ttl_ends: dict[str, float] = {}  # of the unfinished jobs that have a ttl
         self._unfinished = self._unfinished_bytes = self._finished_bytes = 0
         self._random = _random_digits()
-        self._delays, self._leases, self._ttls, self._polls, self._holds = (Timers() for _ in range(5))
+        self._delays, self._leases, self._ttls, self._polls, self._holds, self._unties = (Timers() for _ in range(6))
         self._kept = {False: collections.OrderedDict(), True: collections.OrderedDict()}  # failed? -> id -> deadline
         self._forget_at = math.inf  # when the next of them has been kept for long enough
         self._watchers: dict[str, list[_Waiter]] = {}
@@ -1791,6 +1841,7 @@ class LocalEngine(Engine):
             (self._leases, self._lease_over),
             (self._polls, self._poll_over),
             (self._holds, self._hold_over),
+            (self._unties, self._untied),
         )
         try:
             with self._lock:
@@ -1907,10 +1958,15 @@ class LocalEngine(Engine):
         job = self._new_job(terms, payload, kind, self._last_number + 1)
         record = '{"op":"submit",' + submit_text(job, terms)[1:]
         poll = self._poll_for(job)
-        if poll is None:
-            job = self._accept(job.recorded(self.journal.append(record)))
-        else:
-            job = self._hand_over(job, record, poll)
+        try:
+            if poll is None:
+                job = self._accept(job.recorded(self.journal.append(record)))
+            else:
+                job = self._hand_over(job, record, poll)
+        except JobQueueError as error:
+            if error.code == "outcome_unknown":  # it may be there after the restart, for whoever knows its id
+                error.job_id = job.id
+            raise
         return self._watch(job, wait, lambda job: (job, False), tied)
 
     @_verb
@@ -2055,15 +2111,22 @@ class LocalEngine(Engine):
 
     @_verb
     def requeue(self, job_id: str) -> Future:
-        job = self._requeue(self._find(job_id))
+        job = self._find(job_id)
+        job = self._change(job, "requeue", wall=self._wall, **self._afresh(job))
         return self._promise(job, job.record, job_id)
 
     @_verb
     def requeue_some(self, state: str, queue: str | None, after: int | None) -> tuple[int, int | None]:
         ids, rest = self._order.below(after, self.SWEEP)
         jobs = [job for job in map(self._jobs.get, ids) if job and job.state == state and queue in (None, job.queue)]
-        for job in jobs:
-            self._requeue(job)
+        if jobs:
+            fresh = [self._afresh(job) for job in jobs]
+            records = [
+                json_text({"op": "requeue", "id": job.id, **fields}) for job, fields in zip(jobs, fresh, strict=True)
+            ]
+            last = self.journal.append(*records, urgent=True)
+            for seq, (job, fields) in enumerate(zip(jobs, fresh, strict=True), last - len(jobs) + 1):
+                self._move(job, moved(job, "requeue", record=seq, **fields), self._wall)
         return len(jobs), rest
 
     @_verb
@@ -2162,28 +2225,45 @@ class LocalEngine(Engine):
             self._timer_thread.join()
         self.journal.close()
 
+    def _disk_failed(self) -> None:
+        threading.Thread(target=self._give_up, name="jobqueue-failed", daemon=True).start()
+        self._failed()
+
+    def _give_up(self) -> None:
+        with contextlib.suppress(JobQueueError):  # closed in between
+            self._dismiss()
+
+    @_verb
+    def _dismiss(self) -> None:
+        """The disk has failed: whoever waits is told, nothing more is handed out or taken."""
+        self._send_away()
+
     @_verb
     def _finish(self) -> None:
-        """Clients that still wait learn that their job is accepted, and where to ask for it."""
+        """The end."""
+        self._send_away()
+        self._closed = True
+        self._timer.notify()
+
+    def _send_away(self) -> None:
+        """Polls end; clients that still wait learn that their job is accepted, and where to ask for it."""
         self._drained = self._drained or Future()
         self._end_polls()
-        for job_id, watchers in self._watchers.items():
+        watching, self._watchers = self._watchers, {}
+        for job_id, watchers in watching.items():
             for watcher in watchers:
                 job = self._jobs[job_id]
                 # After a disk failure nothing more is acknowledged, not even what is on the disk.
                 value = self.journal.unknown(job_id) if self.journal.failure else watcher.answer(job)
                 self._answer_watcher(watcher, value, job.record)
-        self._closed = True
-        self._timer.notify()
 
     @_verb
     def _untie(self, job_id: str) -> None:
         """A client that asked for it has hung up."""
-        job = self._jobs.get(job_id)
-        watched = any(watcher.future and not watcher.future.done() for watcher in self._watchers.get(job_id, ()))
-        if job and job.state not in FINAL and not watched:
-            with contextlib.suppress(JobQueueError):  # the disk did not take it: the job goes on
-                self._change(job, "cancel", urgent=True, finished=self._wall)
+        try:
+            self._untied(job_id)
+        except JobQueueError:  # the disk did not take it: once more in a second
+            self._arm(self._unties, job_id, self._now + 1)
 
     # -- the lock is held: changing a job
 
@@ -2194,6 +2274,8 @@ class LocalEngine(Engine):
         return job
 
     def _check_room(self, count: int, size: int) -> None:
+        if self.journal.failure:
+            raise self.journal.unknown(None)
         if self._drained is not None:
             raise JobQueueError("draining", "the server is stopping; try again in a few seconds")
         if self._unfinished + count > self._settings.max_jobs:
@@ -2348,12 +2430,12 @@ class LocalEngine(Engine):
             self._answer_watcher(watcher, watcher.answer(job), job.record)
         self._forget_old()
 
-    def _requeue(self, job: Job) -> Job:
-        wall = self._wall
+    def _afresh(self, job: Job) -> dict[str, Any]:
+        """What a requeue changes."""
         fresh = {"failures": 0, "settled": "requeue", "error": None, "finished": None}
         if job.ttl is not None:
-            fresh["expires"] = wall + microseconds(job.ttl)
-        return self._change(job, "requeue", wall=wall, **fresh)
+            fresh["expires"] = self._wall + microseconds(job.ttl)
+        return fresh
 
     def _may_complete(self, job: Job, token: str | None) -> bool:
         """As check_lease has it; a duplicate is counted."""
@@ -2526,7 +2608,7 @@ class LocalEngine(Engine):
         first = last - len(chosen)
         for place, job in enumerate(chosen):
             if not job.deliveries:
-                self._waits.observe((self._wall - job.created) / 1e6)
+                self._waits.observe(max(0.0, (self._wall - job.created) / 1e6))  # clocks are set back
             chosen[place] = self._move(job, job.leased(*leases[place], first + 1 + place))
         return chosen, first
 
@@ -2670,7 +2752,7 @@ class LocalEngine(Engine):
 
     def _settle_due(self) -> None:
         """What the clock has brought, kind by kind; a full disk is tried again a second later."""
-        now = self._now
+        now, again = self._now, 0.0
         for timers, settle in self._verbs_at_due:
             for _ in range(self.SWEEP):
                 key = timers.pop_due(now)
@@ -2682,9 +2764,11 @@ class LocalEngine(Engine):
                     if error.code == "disk_full":  # a disk that failed has been told of, once
                         log.error("not_settled reason=%s", error)
                     timers.set(key, now + 1)
+                    again = now + 1
                     break
         self._forget_old()
         self._set_alarm()
+        self._alarm = max(self._alarm, again)
         self._round_off()
 
     def _delay_over(self, job_id: str) -> None:
@@ -2704,6 +2788,12 @@ class LocalEngine(Engine):
         job = self._jobs[job_id]
         if job.state != "processing":  # a worker that has it may still complete it
             self._change(job, "expire", urgent=True, finished=self._wall)
+
+    def _untied(self, job_id: str) -> None:
+        job = self._jobs.get(job_id)
+        watched = any(watcher.future and not watcher.future.done() for watcher in self._watchers.get(job_id, ()))
+        if job and job.state not in FINAL and not watched:
+            self._change(job, "cancel", urgent=True, finished=self._wall)
 
     def _poll_over(self, waiter: _Waiter) -> None:
         if waiter.future.claim():
@@ -2748,7 +2838,11 @@ class LocalEngine(Engine):
         self._alive_then = self._unfinished_bytes + self._finished_bytes
         arguments = (count, self._until_closed(bodies), self.journal.seq, size)
         self._compacting = threading.Thread(target=self._compact, args=arguments, name="jobqueue-compact", daemon=True)
-        self._compacting.start()
+        try:
+            self._compacting.start()
+        except RuntimeError as error:  # no thread is to be had now
+            self._compacting, self._compact_again = None, self._now + 10
+            log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
 
     def _until_closed(self, bodies: Iterable[str]) -> Iterator[str]:
         for body in bodies:
@@ -2762,7 +2856,9 @@ class LocalEngine(Engine):
         try:
             size = self.journal.compact(*arguments)
             self._totals["compactions_total"] += 1
-            self._inflation = max(1.0, size / max(1, self._alive_then))
+            # A character may be written as six (\u0001), and a small job is mostly names; where nearly nothing was
+            # alive, the file's own lines say nothing about jobs.
+            self._inflation = min(8.0, max(1.0, size / max(1, self._alive_then)))
             log.info("compacted bytes_before=%d bytes_after=%d", before, self.journal.size)
         except OSError as error:
             if not self._closed:
@@ -2981,13 +3077,19 @@ class JobService:
         self.check_size(error.encode())
         return self.engine.fail(job_id, token, error[:65536], retry is not False, delay)
 
-    def requeue_all(self, state: str, queue: str | None) -> int:
-        """Requeue all jobs in that final state, a page at a time, so that the queue goes on meanwhile."""
+    def requeue_all(self, state: str, queue: str | None) -> tuple[int, str | None]:
+        """Requeue all jobs in that final state, a page at a time, so that the queue goes on meanwhile. How many, and
+        what stopped it before the end (where nothing was done at all, that is raised)."""
         total, after = self.engine.requeue_some(state, queue, None)
         while after is not None:
-            count, after = self.engine.requeue_some(state, queue, after)
+            try:
+                count, after = self.engine.requeue_some(state, queue, after)
+            except JobQueueError as error:
+                if not total:
+                    raise
+                return total, error.detail
             total += count
-        return total
+        return total, None
 
     def stats(self) -> dict[str, Any]:
         return {**self.engine.stats(), "uptime_seconds": self._clock.monotonic() - self.started, "version": __version__}
@@ -3393,7 +3495,9 @@ class HttpApi:
 
     def requeue_all(self, request: Request) -> Response:
         get = request.parameters.get
-        count = self._service.requeue_all(get("status", "failed"), get("queue"))
+        count, stopped = self._service.requeue_all(get("status", "failed"), get("queue"))
+        if stopped:
+            return json_response({"message": f"Not all jobs requeued: {stopped}", "requeued": count})
         return json_response({"message": "Jobs requeued", "requeued": count})
 
     def workers(self, request: Request) -> Response:
@@ -5864,10 +5968,8 @@ class WorkerServicer:
     def CompleteJob(self, request: Any, context: Any) -> Any:
         """POST /api/worker/complete/<id>"""
         claim = self._claim(request.next_request, context)._replace(max=1) if request.next else None
-        future = self._service.complete(
-            request.job_id, request.lease_token or None, _sent(request), request.content_type or None, claim
-        )
-        outcome = self._wait(future, context, claim.wait if claim else 0.0)
+        own = request.job_id, request.lease_token or None, _sent(request), request.content_type or None
+        outcome = self._wait(functools.partial(self._service.complete, *own), claim, context)
         answer = self._messages.CompleteResponse(success=True, duplicate=outcome.duplicate)
         if outcome.next:
             self._give_back_if_lost([outcome.next], context)
@@ -5953,7 +6055,7 @@ class WorkerServicer:
         return Claim(queues, most, lease, checked(_WAIT, "wait_seconds", request.wait_seconds), worker)
 
     def _poll(self, claim: Claim, context: Any) -> list[Job]:
-        jobs = self._wait(self._engine.poll(claim), context, claim.wait)
+        jobs = self._wait(self._engine.poll, claim, context)
         if jobs:
             self._give_back_if_lost(jobs, context)
         return jobs
@@ -5971,18 +6073,25 @@ class WorkerServicer:
         if not context.add_callback(ended):
             self._engine.give_back(jobs)
 
-    def _wait(self, future: Future, context: Any, wait: float) -> Any:
-        """Park this thread until the answer is there; a caller that hangs up leaves the line."""
-        if not future.done() and wait:
-            if self._parking.acquire(blocking=False):
-                future.add_done_callback(lambda _: self._parking.release())
-                if not context.add_callback(future.cancel):
-                    future.cancel()
-            elif future.cancel():  # else its answer is on its way: only the disk is waited for
-                raise JobQueueError(
-                    "too_many_clients", "too many long polls over gRPC; poll without wait, or raise --grpc-threads"
-                )
-        return self._result(future)
+    def _wait(self, begin: Callable[[Claim | None], Future], claim: Claim | None, context: Any) -> Any:
+        """Park this thread until the answer is there; a caller that hangs up leaves the line. Where too many are
+        parked already, what can be answered without waiting for a job is."""
+        if claim is None or not claim.wait:
+            return self._result(begin(claim))
+        if not self._parking.acquire(blocking=False):
+            answer = self._result(begin(claim._replace(wait=0.0)))
+            if answer:
+                return answer
+            raise JobQueueError(
+                "too_many_clients", "too many long polls over gRPC; poll without wait, or raise --grpc-threads"
+            )
+        try:
+            future = begin(claim)
+            if not (future.done() or context.add_callback(future.cancel)):
+                future.cancel()
+            return self._result(future)
+        finally:
+            self._parking.release()
 
     def _result(self, future: Future) -> Any:
         if not future.done():
@@ -6171,6 +6280,7 @@ class Server:
         self._stopping = threading.Lock()
         # Threads that tell programs of results: what hangs in a callback of theirs holds up nobody else.
         self._tellers = concurrent_futures.ThreadPoolExecutor(32, "jobqueue-tell")
+        self._deputy = concurrent_futures.ThreadPoolExecutor(1, "jobqueue-deputy")
         self._grpc: GrpcServer | None = None
         self._started = False
 
@@ -6294,15 +6404,21 @@ class Server:
         if not isinstance(headers, dict) or {str} < {str, *map(type, headers), *map(type, headers.values())}:
             raise TypeError(f"headers must be a dict of str to str, got {headers!r}")
         terms = self.service.terms(json_text(headers), options, key)
-        return _result_future(self.service.submit(_as_bytes(payload), terms, None), self._tellers)
+        return _result_future(self._apart(self.service.submit, _as_bytes(payload), terms, None), self._tellers)
+
+    def _apart(self, verb: Callable, *arguments: Any) -> Any:
+        """Do it where no KeyboardInterrupt arrives: Python raises that in the main thread, also amid a write."""
+        if self.stopped.is_set() or threading.current_thread() is not threading.main_thread():
+            return verb(*arguments)
+        return self._deputy.submit(verb, *arguments).result()
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; JobQueueError when there is none, or it has come to its end."""
-        self.engine.cancel(job_id).result()
+        self._apart(self.engine.cancel, job_id).result()
 
     def job(self, job_id: str) -> dict[str, Any]:
         """A job as GET /api/jobs shows it: status, attempts, times, error."""
-        return job_view(self.engine.view(job_id, 0).result())
+        return job_view(self._apart(self.engine.view, job_id, 0).result())
 
     def jobs(self, *queues: str, lease: float | None = None, worker: str = "in-process") -> Iterator[LeasedJob]:
         """Take the jobs of these queues (none: default) one by one, waiting for each, until the server stops.
@@ -6316,15 +6432,18 @@ class Server:
     def _leased(self, claim: Claim) -> Iterator[LeasedJob]:
         while True:
             try:
-                jobs = self.engine.poll(claim).result()
+                jobs = self._apart(self.engine.poll, claim).result()
                 if not jobs and self.engine.stats()["draining"]:
                     return
             except JobQueueError as error:
                 if error.code == "draining":
                     return
-                raise
+                if error.code != "disk_full":
+                    raise
+                jobs = []
+                self._drained.wait(1.0)  # until the disk takes leases again
             for job in jobs:
-                yield LeasedJob(self.service, job)
+                yield LeasedJob(self.service, job, self._apart)
 
     # -- stop
 
@@ -6347,6 +6466,7 @@ class Server:
             self._thread.join()
             self._http.server_close()
             self._tellers.shutdown(wait=False)
+            self._deputy.shutdown(wait=False)
             self.stopped.set()
             log.info("stopped data=%s", self.settings.data_dir)
 
@@ -6360,8 +6480,7 @@ class Server:
 
     def _disk_failed(self) -> None:
         self.failed.set()
-        for call in self._on_failure:
-            call()
+        threading.Thread(target=lambda: [call() for call in self._on_failure], daemon=True).start()
 
     def responds(self, seconds: float | None) -> bool:
         """Do the serving thread and the engine answer within that time?"""
@@ -6379,30 +6498,31 @@ class Server:
 class LeasedJob:
     """A job in the hands of a worker in this program: its fields, and complete, fail, release, extend."""
 
-    def __init__(self, service: JobService, job: Job) -> None:
-        self._service, self._job = service, job
+    def __init__(self, service: JobService, job: Job, apart: Callable) -> None:
+        self._service, self._job, self._apart = service, job, apart
         self.id, self.queue, self.payload, self.attempt = job.id, job.queue, job.payload, job.failures + 1
         self.headers: dict[str, str] = json.loads(job.headers)
 
     def complete(self, result: bytes | str = b"") -> None:
         """Hand in the result; returns when it is on the disk."""
-        self._service.complete(self.id, self._job.token, _as_bytes(result)).result()
+        self._apart(self._service.complete, self.id, self._job.token, _as_bytes(result)).result()
 
     def fail(self, error: str, *, retry: bool = True, delay: float | None = None) -> None:
         """The attempt failed, for `error`; the next one comes after `delay` seconds (None: as the server has it)."""
         if not isinstance(error, str):
             raise TypeError(f"the error must be a str, got {type(error).__name__}")
         delay = None if delay is None else _DELAY("delay", delay)
-        self._service.fail(self.id, self._job.token, error, retry, delay).result()
+        self._apart(self._service.fail, self.id, self._job.token, error, retry, delay).result()
 
     def release(self) -> None:
         """Back in line, uncounted."""
-        self._service.engine.release(self.id, self._job.token)
+        self._apart(self._service.engine.release, self.id, self._job.token)
 
     def extend(self, lease: float | None = None) -> bool:
         """Keep it for `lease` seconds from now (None: as long as before); False when it was cancelled."""
         lease = None if lease is None else _LEASE("lease", lease)
-        return self._service.engine.extend(self.id, self._job.token, lease).job.state != "cancelled"
+        outcome = self._apart(self._service.engine.extend, self.id, self._job.token, lease)
+        return outcome.job.state != "cancelled"
 
 
 def _as_bytes(data: bytes | bytearray | memoryview | str) -> bytes:
