@@ -901,6 +901,22 @@ def _write_all(fd: int, data: bytes) -> None:
         written += more
 
 
+def _last_lines(fd: int, end: int, count: int) -> int:
+    """Where the last `count` lines before `end` begin."""
+    while end > 0:
+        start = max(0, end - MIB)
+        os.lseek(fd, start, os.SEEK_SET)
+        chunk = os.read(fd, end - start)
+        lines = chunk.count(b"\n")
+        if lines > count:
+            place = len(chunk)
+            for _ in range(count + 1):
+                place = chunk.rindex(b"\n", 0, place)
+            return start + place + 1
+        count, end = count - lines, start
+    return 0
+
+
 def _lock_file(path: str) -> int:
     """Lock a file that is never deleted, for as long as the process lives; returns its descriptor."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -1007,7 +1023,8 @@ class Journal:
     """The file of a data folder: read it, append to it, wait for the disk, compact it, close it.
 
     `fsync` is `always`, `interval` or `never`. `failed` is called once, under whatever lock, when the disk cannot be
-    trusted any more. Append and settle are called under `lock`, the engine's, so their order is its order.
+    trusted any more; `full`, under the engine's, whenever it refuses a write. Append and settle are called under
+    `lock`, the engine's, so their order is its order.
     """
 
     VERSION = 1
@@ -1021,10 +1038,11 @@ class Journal:
         clock: Clock,
         lock: contextlib.AbstractContextManager,
         failed: Callable[[], None] = lambda: None,
+        full: Callable[[], None] = lambda: None,
     ) -> None:
         folder = os.path.abspath(folder)  # a program may change its directory
         self.folder, self.path = folder, os.path.join(folder, "journal.jsonl")
-        self._settings, self._clock, self._on_failure = settings, clock, failed
+        self._settings, self._clock, self._on_failure, self._on_full = settings, clock, failed, full
         self.durable = settings.fsync == "always"
         self.seq = self.synced = self.size = 0
         self.failure: OSError | None = None
@@ -1040,6 +1058,7 @@ class Journal:
         self._quick = True  # is the disk quick enough for that?
         self._switch: _NewFile | None = None
         self._refusing = False  # did the disk refuse the last append?
+        self._spent_at = 0  # the size when the reserve was given back
         self._look_again = 0.0  # when it is time to see whether there is room for the reserve
         self._closing = False
         self._marked = 0  # the record up to which no watermark needs to be written
@@ -1114,35 +1133,39 @@ class Journal:
     def _start(self, reader: JournalReader | None, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
         if reader is None:
             self.seq = 1  # so that the header is 0 and the snapshot's one line is 1
-            self._rewrite(snapshot)
+            new = _NewFile(self, snapshot(), self.seq)
+            os.replace(new.path, self.path)
+            _sync_folder(self.folder)
+            self._file, self.size = new.file, new.size
         else:
             self.seq, self.synced, self.size = reader.seq, reader.seq, reader.end
-            if reader.clean:
-                self._file = self._open(self.path)
-            else:
+            if not reader.clean:
                 what = "no closing record; reading, rewriting, syncing"
                 log.warning("unclean_stop file=%s records=%d: %s", self.path, reader.seq, what)
-                self._rewrite(snapshot)
+                self._rewrite(reader)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
         self.append('{"op":"open"}', urgent=True)
         _sync_data(self._file)
         self.synced = self.seq
         self._reserve.fill()
+        self._spent_at = self.size
 
-    @staticmethod
-    def _open(path: str) -> int:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
-
-    def _rewrite(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
-        """Write the file anew, as it is, or from the snapshot where there is none; or where the disk is too full."""
+    def _rewrite(self, reader: JournalReader) -> None:
+        """Write what is not known to be on the disk once more, where it stands, with the same bytes: so it takes no
+        room, and a crash amid it harms nothing."""
+        fd = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
         try:
-            new = _NewFile(self, None if self.size else snapshot(), self.seq)
-        except OSError:
-            if not self._reserve.spend():
-                raise
-            new = _NewFile(self, snapshot(), self.seq, self.size)
-        os.replace(new.path, self.path)
-        _sync_folder(self.folder)
-        self._file, self.size = new.file, new.size
+            os.ftruncate(fd, reader.end)
+            at = _last_lines(fd, reader.end, reader.seq - reader.synced)
+            while at < reader.end:
+                os.lseek(fd, at, os.SEEK_SET)
+                chunk = os.read(fd, MIB)
+                os.lseek(fd, at, os.SEEK_SET)
+                _write_all(fd, chunk)
+                at += len(chunk)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Sync what there is and leave a closing record; without it the next start knows that this one crashed."""
@@ -1183,15 +1206,16 @@ class Journal:
 
     # -- appending; the engine's lock is held
 
-    def append(self, *bodies: str, urgent: bool = False) -> int:
+    def append(self, *bodies: str, urgent: bool = False, lease: bool = False) -> int:
         """Write records with one write and return the last one's number; JobQueueError disk_full: nothing of them is
         in the file. (After a crash the first ones may be there without the others.)
 
-        `urgent` ones (of workers, and of the clock) may use the reserve.
+        `urgent` ones (of workers, and of the clock) may use the reserve, those with a lease half of it: the rest is for
+        the results of what is in progress.
         """
         if self.failure:
             raise self.unknown(None)
-        if self._reserve.spent and not self._refilled(urgent) and not urgent:
+        if self._reserve.spent and not self._refilled(urgent) and not (urgent and self._has_room(lease)):
             raise JobQueueError("disk_full", "the disk is full; jobs in progress can still be completed")
         seq = self.seq
         if len(bodies) == 1:
@@ -1221,12 +1245,16 @@ class Journal:
         self._look_again = now + 1
         return self._reserve.fill()
 
+    def _has_room(self, lease: bool) -> bool:
+        return not lease or self.size - self._spent_at < self._settings.reserve // 2
+
     def _write_again(self, error: OSError, data: bytes, urgent: bool) -> None:
         """A write failed: nothing of it stays. Once more, where the reserve makes room for it; else raise."""
         self._cut()
         if not self._refusing:
             log.error("write_failed file=%s error=%s", self.path, error)
-        if urgent and error.errno in (errno.ENOSPC, errno.EDQUOT) and self._reserve.spend():
+        self._on_full()
+        if urgent and error.errno in (errno.ENOSPC, errno.EDQUOT) and self.spend():
             try:
                 return _write_all(self._file, data)
             except OSError as again:
@@ -1234,6 +1262,16 @@ class Journal:
                 error = again
         self._refusing = True
         raise JobQueueError("disk_full", f"the disk did not take it: {error.strerror}")
+
+    def spend(self) -> bool:
+        """Give the reserve back to the disk; False when it was given before."""
+        self._spent_at = self.size
+        return self._reserve.spend()
+
+    @property
+    def full(self) -> bool:
+        """Did the disk refuse something, or give no room for the reserve?"""
+        return self._refusing or self._reserve.spent
 
     def _cut(self) -> None:
         """Cut a half-written record off, or stop: what stands behind it would be unreadable."""
@@ -1376,7 +1414,7 @@ class Journal:
         """For METRICS."""
         return {
             "journal_bytes": self.size,
-            "disk_full": int(self._reserve.spent or self._refusing),
+            "disk_full": int(self.full),
             "commit_seconds": self._commits,
             "fsync_seconds": self._syncs,
         }
@@ -1434,12 +1472,10 @@ class Journal:
 
 
 class _NewFile:
-    """A journal in the making, beside the old one: a copy of it, or a header, a snapshot (so many bodies) that stands
-    for the old one's first `offset` bytes and its records up to `last`, and what was appended since."""
+    """A journal in the making, beside the old one: a header, a snapshot (so many bodies) that stands for the old one's
+    first `offset` bytes and its records up to `last`, and what was appended since."""
 
-    def __init__(
-        self, journal: Journal, snapshot: tuple[int, Iterable[str]] | None = None, last: int = 0, offset: int = 0
-    ) -> None:
+    def __init__(self, journal: Journal, snapshot: tuple[int, Iterable[str]], last: int, offset: int = 0) -> None:
         self.path, self._old = journal.path + ".new", journal.path
         self._journal = journal
         self.size, self._offset = 0, offset
@@ -1448,9 +1484,8 @@ class _NewFile:
             self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600
         )
         try:
-            if snapshot:
-                self._write_snapshot(last - snapshot[0], last, snapshot[1])
-                self.snapshot_size = self.size
+            self._write_snapshot(last - snapshot[0], last, snapshot[1])
+            self.snapshot_size = self.size
             self.follow()
             self.sync()
         except OSError:
@@ -1803,7 +1838,7 @@ class LocalEngine(Engine):
         self._settings, self._clock = settings, clock
         self._lock = threading.Lock()
         self._failed = failed
-        self.journal = Journal(settings.data_dir, settings, clock, self._lock, self._disk_failed)
+        self.journal = Journal(settings.data_dir, settings, clock, self._lock, self._disk_failed, self._disk_full)
         self._last_number = 0
         self._all_paused = False
         self._jobs: dict[str, Job] = {}
@@ -2124,7 +2159,7 @@ class LocalEngine(Engine):
             records = [
                 json_text({"op": "requeue", "id": job.id, **fields}) for job, fields in zip(jobs, fresh, strict=True)
             ]
-            last = self.journal.append(*records, urgent=True)
+            last = self.journal.append(*records)
             for seq, (job, fields) in enumerate(zip(jobs, fresh, strict=True), last - len(jobs) + 1):
                 self._move(job, moved(job, "requeue", record=seq, **fields), self._wall)
         return len(jobs), rest
@@ -2228,6 +2263,9 @@ class LocalEngine(Engine):
     def _disk_failed(self) -> None:
         threading.Thread(target=self._give_up, name="jobqueue-failed", daemon=True).start()
         self._failed()
+
+    def _disk_full(self) -> None:
+        self._compact_size = 0  # the journal itself may be what fills it
 
     def _give_up(self) -> None:
         with contextlib.suppress(JobQueueError):  # closed in between
@@ -2597,7 +2635,7 @@ class LocalEngine(Engine):
         try:
             leases = [self._new_lease(job, claim) for job in chosen]
             records = [lease_record(job, *lease) for job, lease in zip(chosen, leases, strict=True)]
-            last = self.journal.append(*before, *records, urgent=True)
+            last = self.journal.append(*before, *records, urgent=True, lease=True)
         except BaseException as error:
             for job in chosen:
                 self._line_up(self._lanes[job.queue], job)
@@ -2827,13 +2865,18 @@ class LocalEngine(Engine):
     # -- the lock is held: compaction
 
     def _watch_size(self) -> None:
-        """Start a compaction when the journal is large and more than half of it is dead."""
-        size = self.journal.size
-        if self._compacting or self._closed:
+        """Start a compaction when the journal is large and more than half of it is dead; on a full disk, when it gives
+        anything. There it is written into the room of the reserve."""
+        size, full = self.journal.size, self.journal.full
+        if not full:
+            self._compact_size = self._settings.compact_bytes
+        if self._compacting or self._closed or size <= self._compact_size:
             return
         alive = self._inflation * (self._unfinished_bytes + self._finished_bytes)
-        if size < 2 * alive or self._now < self._compact_again:
+        if size < (1.1 if full else 2) * alive or self._now < self._compact_again:
             return
+        if full:
+            self.journal.spend()
         count, bodies = self._snapshot()
         self._alive_then = self._unfinished_bytes + self._finished_bytes
         arguments = (count, self._until_closed(bodies), self.journal.seq, size)

@@ -197,6 +197,64 @@ def test_a_restart_on_a_full_disk_loses_nothing(tmp_path, seed):
         check(load.history, server.port)
 
 
+@needs("mount", "nsenter")
+@needs_root()
+def test_a_disk_that_the_journal_itself_filled_is_freed_by_a_compaction(tmp_path, seed):
+    with small_disk(tmp_path, "6m") as (starts, data, _):
+        server = starts.start("--reserve", str(RESERVE), "--keep-jobs", "5", data_dir=data)  # compacts from 32 MiB on
+        load = Load(History(), seed)
+        client = Client(load, server)
+        payload = b"x" * 100_000
+        for number in range(150):  # 30 MB in all
+            call = load.submit(client.wire, "&wait=0", b"%d %b" % (number, payload))
+            if call.status == 507:
+                wait_until(client.accepted, what="the compaction to make room")
+            for job in client.poll(""):
+                assert client.complete(job).status == 200
+        assert "compacted " in server.log()
+        server.kill()
+        server = starts.start("--reserve", str(RESERVE), data_dir=data)
+        assert Wire(server.port).request("GET", "/health")[0] == 200
+
+
+@needs("mount", "nsenter")
+@needs_root()
+def test_a_server_that_was_killed_on_a_full_disk_starts_where_most_of_the_disk_is_its_own_jobs(tmp_path, seed):
+    with small_disk(tmp_path, "8m") as (starts, data, folder):
+        server = starts.start("--reserve", str(RESERVE), data_dir=data)
+        load = Load(History(), seed)
+        client = Client(load, server)
+        while load.submit(client.wire, "&wait=0", new_payload(client.rng, seed, pad=100_000)).status == 202:
+            pass
+        assert (folder / "data" / "journal.jsonl").stat().st_size > 5_000_000
+        for _ in range(2):
+            server.kill()
+            server = starts.start("--reserve", str(RESERVE), data_dir=data)
+            check(load.history, server.port, drained=False)
+
+
+@needs("mount", "nsenter")
+@needs_root()
+def test_leases_leave_room_for_the_results_of_what_is_in_progress(tmp_path, seed):
+    with small_disk(tmp_path, "6m") as (starts, data, folder):
+        server = starts.start("--reserve", str(RESERVE), data_dir=data)
+        load = Load(History(), seed)
+        client = Client(load, server)
+        lines = b"".join(b'"%s-%d"\n' % (str(seed).encode(), number) for number in range(10_000))
+        status, _ = client.wire.request("POST", "/api/jobs", lines, {"Content-Type": "application/x-ndjson"})[:2]
+        assert status == 202
+        with full(folder):
+            jobs, status = [], 200
+            while status == 200:
+                status, answer = client.wire.request("GET", "/api/worker/poll?max=500&lease=600")[:2]
+                jobs += answer["jobs"] if status == 200 else []
+            assert status == 507 and len(jobs) > 500
+            for job in jobs:
+                path = f"/api/worker/complete/{job['job_id']}?lease_token={job['lease_token']}"
+                status = client.wire.request("POST", path, b"1")[0]
+                assert status == 200, "what is in progress can be completed"
+
+
 # == Short and failed writes =================================================================================
 
 # Where no write at all can succeed, a reserve does not help.
@@ -403,7 +461,7 @@ def test_a_failed_cut_after_a_short_write_stops_the_server(tmp_path, seed):
 
 @needs("strace")
 @pytest.mark.parametrize(
-    "fault", ["fdatasync,fsync:error=EIO", "write:error=ENOSPC", "write:error=EIO", "?rename:error=EIO"]
+    "fault", ["fdatasync,fsync:error=EIO", "write:error=ENOSPC", "write:error=EIO", "ftruncate:error=EIO"]
 )
 def test_a_disk_that_fails_during_the_start_is_reported_and_loses_nothing(tmp_path, seed, fault):
     with QuickStarts(tmp_path) as starts:

@@ -605,19 +605,48 @@ def test_a_stop_that_was_not_clean_is_logged_at_the_next_start(make_queue, caplo
     assert not caplog.records
 
 
-def test_after_an_unclean_stop_the_file_is_written_anew_and_after_a_clean_one_it_is_not(make_queue):
+@pytest.mark.parametrize("unsynced", [0, 1, 50])
+def test_what_is_not_known_to_be_on_the_disk_is_written_once_more_after_an_unclean_stop(
+    make_queue, monkeypatch, unsynced
+):
+    """And where it stands, so that it takes no room; after a clean stop nothing is."""
     queue = make_queue()
-    queue.submit()
-    queue.engine.close()
-    inode = journal_of(queue.engine).stat().st_ino
-    queue.restart("stop")
-    assert journal_of(queue.engine).stat().st_ino == inode
-    folder = Path(queue.engine.journal.folder)
-    copy = crash_copy(queue.engine, folder.with_name("copy"))
-    inode = (copy / "journal.jsonl").stat().st_ino
-    engine = open_engine(copy, queue.clock)
-    assert journal_of(engine).stat().st_ino != inode
+    for _ in range(20):
+        queue.submit()
+    monkeypatch.setattr(queue.engine.journal, "durable", False)  # so that nobody waits, and nothing is synced
+    monkeypatch.setattr(jobqueue, "_sync_data", lambda fd: None)
+    for _ in range(unsynced):
+        queue.submit()
+    copy = crash_copy(queue.engine, Path(queue.engine.journal.folder).with_name("copy")) / "journal.jsonl"
+    data, inode = copy.read_bytes(), copy.stat().st_ino
+    written = []
+    write_all = jobqueue._write_all
+    monkeypatch.setattr(jobqueue, "_write_all", lambda fd, data: (written.append(data), write_all(fd, data)))
+    engine = open_engine(copy.parent, queue.clock)
+    assert copy.stat().st_ino == inode
+    assert copy.read_bytes().startswith(data)
+    assert data.endswith(written[0])
+    lines = records_of(data)
+    assert written[0].count(b"\n") == lines[-1]["seq"] - max(line["synced"] for line in lines)
     engine.close()
+    written.clear()
+    engine = open_engine(copy.parent, queue.clock)
+    assert [json.loads(line)["op"] for line in written] == ["open"]
+    engine.close()
+
+
+def test_the_last_lines_of_a_file_are_found_across_its_pieces(tmp_path, monkeypatch, seed):
+    rng = random.Random(seed)
+    monkeypatch.setattr(jobqueue, "MIB", 16)
+    for _ in range(200):
+        lines = [rng.randbytes(rng.randrange(40)).replace(b"\n", b"-") + b"\n" for _ in range(rng.randrange(12))]
+        path = tmp_path / "lines"
+        path.write_bytes(b"".join(lines) + b"torn")
+        with open(path, "rb") as file:
+            end = sum(map(len, lines))
+            for count in range(len(lines) + 1):
+                last = lines[len(lines) - count :]
+                assert jobqueue._last_lines(file.fileno(), end, count) == end - sum(map(len, last))
 
 
 @pytest.mark.parametrize("how", ["stop", "crash"])
