@@ -426,6 +426,14 @@ class Job(NamedTuple):
         end = (finished, result, kind, content_type, self.error, record)
         return tuple.__new__(Job, (*self[:12], *fresh, *self[16:24], *end))
 
+    def shifted(self, shift: int) -> Job:
+        """The same, by a wall clock that was set on by so many microseconds."""
+        values = list(self)
+        for index in _MOMENTS:
+            if values[index] is not None:
+                values[index] += shift
+        return tuple.__new__(Job, values)
+
     @property
     def size(self) -> int:
         """Bytes of what the client sent, and a rough figure for keeping it."""
@@ -438,6 +446,7 @@ class Job(NamedTuple):
 
 
 _FIELD_INDEX = {name: index for index, name in enumerate(Job._fields)}
+_MOMENTS = [_FIELD_INDEX[name] for name in ("created", "started", "available", "expires", "extended", "finished")]
 
 
 def state_after(job: Job, verb: str) -> str:
@@ -1785,6 +1794,8 @@ def _verb(method: Callable) -> Callable:
         try:
             with self._lock:
                 self._now, self._wall = self._clock.monotonic(), int(self._clock.time() * 1_000_000)
+                if not -_SET < self._wall - self._now * 1e6 - self._ahead < _SET:
+                    self._clock_was_set()
                 if self._now >= self._alarm:
                     self._settle_due()
                 if self._closed:
@@ -1801,6 +1812,7 @@ def _verb(method: Callable) -> Callable:
     return call
 
 
+_SET = 10_000_000  # microseconds: by less, a clock was not set, but went wrong
 _ENDED = {state: f"jobs_{state}_total" for state in STATES if state in FINAL}
 _COUNTED = (
     "jobs_submitted_total",
@@ -1826,7 +1838,7 @@ class LocalEngine(Engine):
         "_lanes", "_keys", "_ttl_ends", "_unfinished", "_unfinished_bytes", "_finished_bytes", "_random", "_delays",
         "_leases", "_ttls", "_polls", "_holds", "_unties", "_kept", "_forget_at", "_watchers", "_clients", "_pollers",
         "_due", "_ready", "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then",
-        "_inflation", "_workers", "_totals", "_waits", "_now", "_wall", "_alarm", "_timer", "_timer_thread",
+        "_inflation", "_workers", "_totals", "_waits", "_ahead", "_now", "_wall", "_alarm", "_timer", "_timer_thread",
         "_verbs_at_due",
     )
     # fmt: on
@@ -1866,6 +1878,7 @@ class LocalEngine(Engine):
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
         self._totals = collections.Counter(dict.fromkeys(_COUNTED, 0))
         self._waits = Histogram()  # from submit to the first hand-over
+        self._ahead = 0.0  # microseconds that the wall clock is ahead of the monotonic one
         self._now, self._wall = 0.0, 0  # the moment of the verb: monotonic, and microseconds since 1970
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
@@ -1924,6 +1937,8 @@ class LocalEngine(Engine):
             self._jobs.clear()
         elif verb == "pause":
             self._set_paused(record["queue"], record["paused"])
+        elif verb == "clock":
+            self._shift(record["shift"])
         elif "id" in record:
             job = self._jobs[record.pop("id")]
             self._jobs[job.id] = moved(job, verb, **unpack(record))
@@ -1938,7 +1953,8 @@ class LocalEngine(Engine):
 
     def _rebuild(self) -> None:
         """Lines, timers and counts from the jobs, oldest first. The clock may have been set while nobody looked."""
-        self._now, self._wall = self._clock.monotonic(), microseconds(self._clock.time())
+        self._now, self._wall = self._clock.monotonic(), int(self._clock.time() * 1_000_000)
+        self._ahead = self._wall - self._now * 1e6
         finished = []
         lines: dict[tuple[str, int], list[Job]] = collections.defaultdict(list)
         jobs, self._jobs = sorted(self._jobs.values()), {}
@@ -2775,6 +2791,20 @@ class LocalEngine(Engine):
             seen[what] += 1
 
     # -- the lock is held: time
+
+    def _clock_was_set(self) -> None:
+        """Spans run on, by the monotonic clock. So that a restart finds them as they are, moments move along."""
+        shift = round(self._wall - self._now * 1e6 - self._ahead)
+        with contextlib.suppress(JobQueueError):  # the disk did not take it: at the next verb, then
+            self.journal.append(json_text({"op": "clock", "shift": shift}), urgent=True)
+            self._ahead += shift
+            self._shift(shift)
+            log.warning("clock_set seconds=%+.0f: the moments of %d jobs moved along", shift / 1e6, len(self._jobs))
+
+    def _shift(self, shift: int) -> None:
+        self._jobs.update([(job.id, job.shifted(shift)) for job in self._jobs.values()])
+        for seen in self._workers.values():
+            seen["last_seen"] += shift
 
     def _arm(self, timers: Timers, key: Any, when: float) -> None:
         timers.set(key, when)

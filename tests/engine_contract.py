@@ -5,7 +5,7 @@ A subclass says how to make an engine and how to start it again; every test here
 
     class TestMyEngine(EngineContract):
         def make_engine(self, tmp_path, clock, **settings): ...
-        def restart(self, engine, tmp_path, clock, how, **settings): ...
+        def restart(self, engine, tmp_path, clock, how, away, **settings): ...
 
 Durations are this clock's; `PATIENCE` is what a real machine may need for what is due at once.
 """
@@ -59,12 +59,13 @@ def batch(jobs: Iterable[dict[str, Any]]) -> tuple[Terms, list[tuple[bytes, str]
 class Queue:
     """An engine and its clock, with a short word for each thing that the tests do to them."""
 
-    def __init__(self, engine: Engine, clock: FakeClock, again: Callable[[str], Engine]) -> None:
+    def __init__(self, engine: Engine, clock: FakeClock, again: Callable[[str, float], Engine]) -> None:
         self.engine, self.clock, self._again = engine, clock, again
         self._names = itertools.count(1)
 
-    def restart(self, how: str = "stop") -> None:
-        self.engine = self._again(how)
+    def restart(self, how: str = "stop", away: float = 0.0) -> None:
+        """`away`: seconds on the wall clock while nobody runs; the monotonic one of another boot knows nothing of it."""
+        self.engine = self._again(how, away)
 
     def advance(self, seconds: float) -> None:
         """Let time pass, and have the engine see it: a verb never acts on what should have happened before it."""
@@ -248,8 +249,11 @@ class EngineContract:
         """A new engine whose data, if it keeps any, is under tmp_path."""
         raise NotImplementedError
 
-    def restart(self, engine: Engine, tmp_path: Path, clock: FakeClock, how: str, **settings: Any) -> Engine:
-        """Another engine on the same data: after a clean stop (`how` is "stop") or a kill -9 ("crash")."""
+    def restart(
+        self, engine: Engine, tmp_path: Path, clock: FakeClock, how: str, away: float, **settings: Any
+    ) -> Engine:
+        """Another engine on the same data: after a clean stop (`how` is "stop") or a kill -9 ("crash"), and after
+        `clock.jump(away)` in between."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -259,10 +263,10 @@ class EngineContract:
 
         def make(**settings: Any) -> Queue:
             folder = tmp_path / f"queue-{len(made)}"
-            queue = Queue(self.make_engine(folder, clock, **settings), clock, again=lambda how: again(how))
+            queue = Queue(self.make_engine(folder, clock, **settings), clock, again=lambda *how: again(*how))
 
-            def again(how: str) -> Engine:
-                return self.restart(queue.engine, folder, clock, how, **settings)
+            def again(how: str, away: float) -> Engine:
+                return self.restart(queue.engine, folder, clock, how, away, **settings)
 
             made.append(queue)
             return queue
@@ -1559,9 +1563,7 @@ class EngineContract:
     def test_time_passes_while_the_server_is_down(self, queue, how):
         delayed, expiring = queue.submit(delay=100), queue.submit(ttl=100, queue="e")
         done, in_hand = queue.bring_to("completed", queue="c"), queue.bring_to("processing", queue="p")
-        queue.engine.close() if how == "stop" else None
-        queue.clock.jump(2 * HOUR)  # the monotonic clock of another boot knows nothing of it
-        queue.restart(how)
+        queue.restart(how, away=2 * HOUR)
         assert queue.take().id == delayed.id
         assert queue.state(expiring) == "expired"
         refused("job_not_found", queue.engine.view, done.id, 0)
@@ -1606,13 +1608,36 @@ class EngineContract:
         refused("job_not_found", queue.engine.view, done.id, 0)
 
     @both_restarts
+    @pytest.mark.parametrize("jump", [MONTH, -MONTH])
+    def test_a_wall_clock_that_jumped_changes_nothing_at_the_next_restart_either(self, queue, how, jump):
+        """As on a machine that gets the time from the network a while after its start."""
+        delayed, expiring = queue.submit(delay=50), queue.submit(ttl=60, queue="e")
+        done, again = queue.bring_to("completed", queue="c", key="k"), queue.bring_to("failed", queue="f")
+        queue.clock.jump(jump)
+        later = queue.submit(delay=50, queue="l")
+        queue.restart(how)
+        queue.restart(how)
+        queue.advance(49)
+        states = [queue.state(job) for job in (delayed, expiring, done, again, later)]
+        assert states == ["delayed", "pending", "completed", "failed", "delayed"]
+        queue.advance(1)
+        assert [queue.state(job) for job in (delayed, later)] == ["pending", "pending"]
+        queue.advance(10)
+        assert queue.state(expiring) == "expired"
+        queue.advance(HOUR - 61)
+        assert queue.state(done) == "completed"
+        queue.advance(1)
+        refused("job_not_found", queue.engine.view, done.id, 0)
+        assert queue.state(again) == "failed"
+        assert queue.engine.stats()["queues"]["l"]["oldest_pending_seconds"] == HOUR
+
+    @both_restarts
     def test_a_wall_clock_set_back_while_the_server_was_down_makes_no_job_wait_longer(self, queue, how):
         delayed, retried = queue.submit(delay=100), queue.bring_to("processing", queue="r")
         queue.fail(retried, delay=100)
         expiring, done = queue.submit(ttl=100, queue="e"), queue.bring_to("completed", queue="c")
         leased = queue.bring_to("processing", queue="p", lease=100)
-        queue.clock.jump(-MONTH)
-        queue.restart(how)
+        queue.restart(how, away=-MONTH)
         queue.advance(100)
         states = [queue.state(job) for job in (delayed, retried, expiring, leased, done)]
         assert states == ["pending", "pending", "expired", "pending", "completed"]
@@ -1622,8 +1647,7 @@ class EngineContract:
     @both_restarts
     def test_a_wall_clock_set_on_while_the_server_was_down_leaves_leases_alone(self, queue, how):
         leased = queue.bring_to("processing", lease=100, ttl=50)
-        queue.clock.jump(MONTH)
-        queue.restart(how)
+        queue.restart(how, away=MONTH)
         queue.advance(99)
         assert queue.state(leased) == "processing"
         assert queue.complete(leased).job.state == "completed"

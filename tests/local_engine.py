@@ -33,12 +33,14 @@ def crash_copy(engine: LocalEngine, folder: Path) -> Path:
     return folder
 
 
-def restart(engine: LocalEngine, clock: Any, how: str, **settings: Any) -> LocalEngine:
+def restart(engine: LocalEngine, clock: Any, how: str, away: float = 0.0, **settings: Any) -> LocalEngine:
     """After a crash the new engine finds what the old one had written by then, and no more."""
     folder = Path(engine.journal.folder)
     if how == "crash":
         folder = crash_copy(engine, folder.with_name(folder.name + "+"))
     engine.close()
+    if away:
+        clock.jump(away)
     return open_engine(folder, clock, **settings)
 
 
@@ -50,7 +52,7 @@ def local_queues(root: Path, clock: FakeClock, **defaults: Any) -> Iterator[Any]
     def make(**given: Any) -> Queue:
         settings = defaults | given
         engine = open_engine(root / f"queue-{len(made)}", clock, **settings)
-        queue = Queue(engine, clock, again=lambda how: restart(queue.engine, clock, how, **settings))
+        queue = Queue(engine, clock, again=lambda *how: restart(queue.engine, clock, *how, **settings))
         made.append(queue)
         return queue
 

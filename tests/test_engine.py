@@ -19,8 +19,8 @@ class TestLocalEngine(EngineContract):
     def make_engine(self, tmp_path, clock, **settings):
         return open_engine(tmp_path, clock, **settings)
 
-    def restart(self, engine, tmp_path, clock, how, **settings):
-        return restart(engine, clock, how, **settings)
+    def restart(self, engine, tmp_path, clock, how, away, **settings):
+        return restart(engine, clock, how, away, **settings)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_callbacks_run_outside_the_lock(queue):
 def test_a_verb_on_a_closed_engine_is_refused_and_is_not_a_disk_failure(tmp_path, clock, caplog):
     failed = threading.Event()
     engine = LocalEngine(Settings(data_dir=str(tmp_path)), clock, failed.set)
-    queue = Queue(engine, clock, again=lambda how: engine)
+    queue = Queue(engine, clock, again=lambda *how: engine)
     job = queue.bring_to("processing")
     engine.close()
     for verb, *arguments in (
@@ -256,7 +256,6 @@ def test_an_hour_of_idleness_changes_nothing(queue):
 def test_what_came_due_while_the_server_was_down_is_settled_before_the_first_answer(queue):
     queue.submit(delay=10)
     queue.submit(queue="e", ttl=10)
-    queue.clock.jump(60)
-    queue.restart("crash")
+    queue.restart("crash", away=60)
     stats = queue.engine.stats()
     assert (stats["delayed"], stats["pending"], stats["expired"]) == (0, 1, 1)

@@ -145,6 +145,7 @@ class Model:
         self.paused: set[str] = set()
         self.all_paused = False
         self.forgotten: dict[str, Job] = {}
+        self.drift = 0  # microseconds by which the wall clock was set, and moments not yet
 
     def copy(self) -> tuple:
         return dict(self.jobs), dict(self.keys), set(self.paused), self.all_paused, dict(self.forgotten)
@@ -177,9 +178,24 @@ class Model:
             elif job.state in FINAL and job.due <= now:
                 self.forget(job)
 
+    def clock_is_set(self, seconds: float) -> None:
+        """By 10 s or more in all, moments move along."""
+        self.drift += microseconds(seconds)
+        if abs(self.drift) >= 10_000_000:
+            self.shift(self.drift)
+            self.drift = 0
+
+    def shift(self, by: int) -> None:
+        for jobs in (self.jobs, self.forgotten):
+            for job in list(jobs.values()):
+                expires = job.expires_wall and job.expires_wall + by
+                jobs[job.id] = job._replace(due_wall=job.due_wall + by, expires_wall=expires)
+
     def restarted(self) -> None:
         """What a restart brings back, from the times on the wall: nothing waits longer than its own span."""
         wall, now = self.wall(), self.clock.now
+
+        self.drift = 0
 
         def left(moment: int, span: float) -> float:
             return min(span, max(0.0, (moment - wall) / 1e6))
@@ -872,6 +888,7 @@ class EngineMachine(RuleBasedStateMachine):
     @step(1, seconds=[2_592_000.0, -2_592_000.0, 5.0, -5.0])
     def set_the_wall_clock(self, seconds: float) -> None:
         self.clock.ahead += seconds
+        self.model.clock_is_set(seconds)
         self.settle_both()
 
     # -- the end of the process
@@ -942,6 +959,8 @@ class EngineMachine(RuleBasedStateMachine):
                 fields["payload"] = made["payload"].encode()
                 job = Job(**{"lease": None, "ttl": None, "key": None, "state": "pending", **fields})
                 model.jobs[job.id] = job._replace(due_wall=made.get("available", 0), expires_wall=made.get("expires"))
+        elif verb == "clock":
+            model.shift(record["shift"])
         elif "id" in record:
             job = model.jobs.get(record["id"]) or model.forgotten.pop(record["id"])
             names = ("failures", "deliveries", "error", "token", "lease_seconds", "delay")
