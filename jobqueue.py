@@ -6479,11 +6479,17 @@ class Server:
         terms = self.service.terms(json_text(headers), options, key)
         return _result_future(self._apart(self.service.submit, _as_bytes(payload), terms, None), self._tellers)
 
-    def _apart(self, verb: Callable, *arguments: Any) -> Any:
-        """Do it where no KeyboardInterrupt arrives: Python raises that in the main thread, also amid a write."""
+    def _apart(self, verb: Callable, *arguments: Any, undo: Callable[[Any], None] = lambda _: None) -> Any:
+        """Do it where no KeyboardInterrupt arrives: Python raises that in the main thread, also amid a write. `undo`
+        gets what the verb returns where the caller is interrupted meanwhile."""
         if self.stopped.is_set() or threading.current_thread() is not threading.main_thread():
             return verb(*arguments)
-        return self._deputy.submit(verb, *arguments).result()
+        task = self._deputy.submit(verb, *arguments)
+        try:
+            return task.result()
+        except KeyboardInterrupt:
+            task.add_done_callback(lambda task: task.exception() or undo(task.result()))
+            raise
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; JobQueueError when there is none, or it has come to its end."""
@@ -6505,7 +6511,12 @@ class Server:
     def _leased(self, claim: Claim) -> Iterator[LeasedJob]:
         while True:
             try:
-                jobs = self._apart(self.engine.poll, claim).result()
+                future = self._apart(self.engine.poll, claim, undo=self._let_go)
+                try:
+                    jobs = future.result()
+                except KeyboardInterrupt:
+                    self._apart(self._let_go, future)
+                    raise
                 if not jobs and self.engine.stats()["draining"]:
                     return
             except JobQueueError as error:
@@ -6518,6 +6529,11 @@ class Server:
             for job in jobs:
                 yield LeasedJob(self.service, job, self._apart)
 
+    def _let_go(self, poll: Future) -> None:
+        """Nobody takes its answer any more."""
+        if not poll.cancel() and isinstance(poll.outcome, list):
+            self.engine.give_back(poll.outcome)
+
     # -- stop
 
     def stop(self, drain: float | None = None) -> None:
@@ -6527,10 +6543,10 @@ class Server:
                 return
             if self._grpc:
                 self._grpc.drain()
-            self.engine.drain().add_done_callback(lambda _: self._drained.set())
+            self._apart(self.engine.drain).add_done_callback(lambda _: self._drained.set())
             if not self.failed.is_set():
                 self._drained.wait(self.settings.drain if drain is None else drain)
-            self.engine.close()
+            self._apart(self.engine.close)
             self._http.finish(5.0)
             if self._grpc:
                 self._grpc.stop(1.0)

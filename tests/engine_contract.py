@@ -64,7 +64,7 @@ class Queue:
         self._names = itertools.count(1)
 
     def restart(self, how: str = "stop", away: float = 0.0) -> None:
-        """`away`: seconds on the wall clock while nobody runs; the monotonic one of another boot knows nothing of it."""
+        """`away`: seconds on the wall clock while nobody runs; another boot has another monotonic one."""
         self.engine = self._again(how, away)
 
     def advance(self, seconds: float) -> None:

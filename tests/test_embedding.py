@@ -599,3 +599,127 @@ def test_a_callback_that_hangs_holds_up_nobody_else(start):
         gate.set()
     with pytest.raises(jobqueue.JobQueueError, match="cancelled"):
         other.result(5)
+
+
+# == What goes wrong around it
+
+INTERRUPTED = """
+import _thread, random, sys, threading, time, jobqueue
+folder, seed = sys.argv[1:]
+rng, inside, done, taken = random.Random(seed), threading.Event(), threading.Event(), []
+def interrupt():  # one at a time, and only there where the program is ready for it
+    for _ in range(200):
+        inside.wait(1)
+        time.sleep(rng.uniform(0.0005, 0.003))
+        inside.clear()
+        _thread.interrupt_main()
+    inside.wait(1)
+    done.set()
+with jobqueue.Server(data_dir=folder, port=0, grpc_port=None, drain=0, fsync="never") as server:
+    threading.Thread(target=interrupt, daemon=True).start()
+    while not done.is_set():
+        try:
+            inside.set()
+            while not done.is_set():
+                taken.append(server.submit(b"1").job_id)
+                job = next(server.jobs(lease=600))
+                job.extend(700)
+                job.complete(b"2")
+        except (KeyboardInterrupt, StopIteration):
+            pass
+    total = server.engine.stats()["total"]
+with jobqueue.Server(data_dir=folder, port=0, grpc_port=None, drain=0) as server:
+    assert {server.job(job_id)["status"] for job_id in taken} <= {"completed", "pending", "processing"}
+    assert server.engine.stats()["total"] == total >= len(taken) > 20, (total, len(taken))
+"""
+
+
+def test_ctrl_c_amid_a_call_leaves_it_done_or_not_done_and_the_journal_whole(tmp_path, seed):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "data"), str(seed)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_program_that_changes_its_directory_keeps_its_journal(tmp_path, monkeypatch):
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "theirs")
+    theirs = jobqueue.Server(data_dir="data", port=0, grpc_port=None, compact_bytes=20_000, keep_jobs=2).start()
+    kept = theirs.submit(b"kept").job_id
+    monkeypatch.chdir(tmp_path / "mine")
+    mine = jobqueue.Server(data_dir="data", port=0, grpc_port=None, compact_bytes=20_000, keep_jobs=2).start()
+    monkeypatch.chdir(tmp_path / "theirs")
+    jobs = mine.jobs()
+    while not mine.engine.figures()["compactions_total"]:
+        mine.submit(b"x" * 1000)
+        next(jobs).complete()
+    last = mine.submit(b"last").job_id
+    for server, folder, job_id in ((mine, "mine", last), (theirs, "theirs", kept)):
+        server.stop(drain=0)
+        with jobqueue.Server(data_dir=tmp_path / folder / "data", port=0, grpc_port=None) as again:
+            assert again.job(job_id)["status"] == "pending"
+
+
+def test_when_the_disk_fails_everybody_who_waits_in_the_program_or_outside_is_told(start, monkeypatch):
+    server = start()
+    future, held = server.submit(b"1", queue="nobody"), later(lambda: Client(server).submit(b"2", queue="nobody"))
+    worker = later(lambda: list(server.jobs("none")))
+    wait_until(lambda: (server.engine.stats()["waiting_clients"], server.engine.stats()["waiting_workers"]) == (2, 1))
+    called = threading.Event()
+    server.when_failed(called.set)
+
+    def broken(fd):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(jobqueue, "_sync_data", broken)
+    with pytest.raises(jobqueue.JobQueueError) as refusal:
+        server.cancel(server.submit(b"3", queue="nobody").job_id)
+    assert refusal.value.code == "outcome_unknown"
+    with pytest.raises(jobqueue.JobQueueError) as refusal:
+        future.result(10)
+    assert (refusal.value.code, refusal.value.job_id) == ("outcome_unknown", future.job_id)
+    answer = held.result(10)
+    assert (answer.status, answer.json()["code"]) == (503, "outcome_unknown")
+    assert answer.json()["job_id"]
+    assert worker.result(10) == []
+    assert called.wait(10) and server.failed.is_set()
+    assert Client(server).call("GET", "/ready").status == 503
+
+
+def test_a_full_disk_does_not_end_a_programs_worker(start, serve, monkeypatch):
+    server, done = start(), []
+    server.submit(b"1")
+    write_all, full = jobqueue._write_all, threading.Event()
+    refused = threading.Event()
+
+    def write(fd, data):
+        if full.is_set():
+            refused.set()
+            raise OSError(28, "No space left on device")
+        write_all(fd, data)
+
+    full.set()
+    monkeypatch.setattr(jobqueue, "_write_all", write)
+    worker = serve(server, lambda job: (job.complete(b"2"), done.append(job.id)))
+    assert refused.wait(10)
+    full.clear()
+    wait_until(lambda: done)
+    server.stop(drain=0)
+    worker.result(10)
+
+
+def test_a_child_that_was_forked_does_not_keep_the_data_folder_locked(tmp_path):
+    server = jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None).start()
+    ready, over = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(over[0], 1)
+        os._exit(0)
+    try:
+        server.stop(drain=0)
+        jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None).start().stop(drain=0)
+    finally:
+        os.write(over[1], b"x")
+        os.waitpid(child, 0)
+        for fd in (*ready, *over):
+            os.close(fd)

@@ -1465,3 +1465,118 @@ def test_the_checksum_is_the_usual_one(make_queue):
         record = json.loads(line)
         assert list(record)[:4] == ["crc", "seq", "synced", "op"]
         assert int(record["crc"], 16) == zlib.crc32(line[len('{"crc":"01234567",') :])
+
+
+def test_a_journal_that_could_not_be_cut_back_names_the_job_that_may_be_there(make_queue, monkeypatch):
+    """A client without a key could not find it otherwise, and would hand it in twice."""
+    queue = make_queue()
+
+    def short(fd: int, data: bytes) -> None:
+        os.write(fd, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(jobqueue, "_write_all", short)
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    error = refused("outcome_unknown", queue.submit)
+    assert re.fullmatch(r"[0-9a-f-]{36}", error.job_id)
+
+
+# -- a disk that refuses for a while
+
+
+@pytest.fixture
+def refusing(make_queue, monkeypatch) -> Iterator[tuple[Queue, threading.Event, list[bytes]]]:
+    """(queue, full, tries): while `full` is set each write fails, and is noted."""
+    queue, full, tries = make_queue(reserve=0), threading.Event(), []
+    write_all = jobqueue._write_all
+
+    def write(fd: int, data: bytes) -> None:
+        if full.is_set():
+            tries.append(data)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(fd, data)
+
+    monkeypatch.setattr(jobqueue, "_write_all", write)
+    return queue, full, tries
+
+
+def test_what_is_due_by_the_thousand_is_tried_once_a_second_on_a_full_disk(refusing, caplog):
+    queue, full, tries = refusing
+    for _ in range(300):
+        queue.submit(delay=5)
+    full.set()
+    for _ in range(20):
+        queue.advance(0.5)
+    assert 3 <= len(tries) <= 20
+    assert len(caplog.records) <= 20
+    full.clear()
+    queue.advance(2)
+    assert queue.engine.stats()["pending"] == 300
+
+
+def test_disk_full_is_a_figure_as_long_as_writes_are_refused(refusing):
+    queue, full, _ = refusing
+    assert queue.engine.figures()["disk_full"] == 0
+    full.set()
+    refused("disk_full", queue.submit)
+    assert queue.engine.figures()["disk_full"] == 1
+    full.clear()
+    queue.submit()
+    assert queue.engine.figures()["disk_full"] == 0
+
+
+def test_a_client_that_hung_up_while_the_disk_was_full_still_cancels_its_job(refusing):
+    queue, full, _ = refusing
+    future = queue.hold(tied=True)
+    full.set()
+    assert future.cancel()
+    job = queue.jobs()[0]
+    assert queue.state(job) == "pending"
+    full.clear()
+    queue.advance(1)
+    assert queue.state(job) == "cancelled"
+
+
+def test_a_page_of_requeued_jobs_is_written_whole_or_not_at_all(refusing):
+    queue, full, _ = refusing
+    jobs = [queue.bring_to("failed") for _ in range(3)]
+    full.set()
+    refused("disk_full", queue.engine.requeue_some, "failed", None, None)
+    assert [queue.state(job) for job in jobs] == ["failed"] * 3
+    full.clear()
+    assert queue.engine.requeue_some("failed", None, None) == (3, None)
+    queue.restart("crash")
+    assert [queue.state(job) for job in jobs] == ["pending"] * 3
+
+
+def test_the_journal_stays_small_after_a_compaction_when_nothing_was_alive(make_queue):
+    queue = make_queue(compact_bytes=10_000, keep_jobs=2)
+    for _ in range(40):
+        queue.submit()
+    queue.engine.clear().result(PATIENCE)
+    wait_for_compaction()
+    for _ in range(150):
+        queue.bring_to("completed", payload=b"x" * 1000)
+        wait_for_compaction()
+        assert queue.engine.journal.size < 60_000
+
+
+def test_without_a_thread_for_it_a_compaction_is_put_off(make_queue, monkeypatch, caplog):
+    queue = make_queue(compact_bytes=1_000, keep_jobs=1)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(5):
+            queue.bring_to("completed")
+    assert queue.engine.figures()["compactions_total"] == 0
+    assert sum("compaction_failed" in record.getMessage() for record in caplog.records) == 1
+    queue.advance(10)
+    queue.bring_to("completed")
+    wait_for_compaction()
+    assert queue.engine.figures()["compactions_total"] == 1
