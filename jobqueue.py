@@ -3484,7 +3484,7 @@ class HttpApi:
         content_type = _string(members["content_type"]) if "content_type" in members else None
         unknown = members.keys() - _RESULT_MEMBERS
         if unknown or not job_id:
-            named = ", ".join(sorted(unknown)) or "job_id"
+            named = ", ".join(sorted(unknown))[:200] or "job_id"
             raise JobQueueError("invalid_request", f"{_RESULT}; wrong: {named}")
         data = get("payload", "").encode()
         return job_id, token or None, data if encoding is None else _from_base64(encoding, data), content_type
@@ -3501,7 +3501,7 @@ class HttpApi:
 
     def fail(self, request: Request) -> Later:
         get = request.parameters.get
-        error = request.body[: 64 * KIB].decode(errors="replace")
+        error = request.body.decode(errors="replace")[: 64 * KIB]
         future = self._service.fail(request.job_id, request.token, error, get("retry"), get("delay"))
         return Later(future, self._failed)
 
@@ -4063,7 +4063,7 @@ body { margin: 0; background: var(--page); color: var(--text); font: 15px/1.5 sy
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 header, main { max-width: 1180px; margin: 0 auto; padding: 0 20px; }
 header { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 14px; padding-block: 18px 14px; }
-main { display: grid; gap: 16px; padding-bottom: 40px; }
+main { display: flex; flex-direction: column; gap: 16px; padding-bottom: 40px; }
 h1, h2, h3, p, dl, dd, figure { margin: 0; }
 h1 { font-size: 20px; letter-spacing: -.01em; }
 h2 { font-size: 15px; }
@@ -4080,7 +4080,7 @@ button, input, select { font: inherit; font-size: 14px; color: inherit; backgrou
   border: 1px solid var(--edge); border-radius: 7px; padding: 5px 11px; min-height: 34px; max-width: 100%; }
 button { cursor: pointer; }
 button:hover:enabled { border-color: var(--accent); color: var(--accent); }
-button:disabled { opacity: .45; cursor: default; }
+button:disabled, button[aria-disabled=true] { opacity: .45; cursor: default; }
 button.small { min-height: 28px; padding: 2px 9px; font-size: 13px; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
 button.danger { color: var(--bad); border-color: var(--bad); }
@@ -4095,6 +4095,7 @@ a { color: var(--accent); }
 .bad { color: var(--bad); } .held { color: var(--pending); font-size: 13px; }
 #banner, .note { background: var(--card); border: 1px solid; border-radius: 8px; padding: 8px 12px; }
 #banner, .note.bad { background: var(--badfill); color: var(--bad); }
+#banner { position: sticky; top: 8px; z-index: 1; }
 #note { position: fixed; inset: auto 16px 16px; margin: 0 auto; width: fit-content; max-width: 90vw;
   box-shadow: 0 4px 18px #0003; z-index: 1; }
 .note:empty { display: none; }
@@ -4247,10 +4248,10 @@ dt { color: var(--soft); }
 </div></dialog>
 
 <dialog id="ask" class="ask" aria-labelledby="asktitle" aria-describedby="asktext"><form method="dialog">
-  <h2 id="asktitle">Forget every job?</h2>
+  <h2 id="asktitle"></h2>
   <p id="asktext"></p>
-  <div class="row"><button value="no" class="push" autofocus>Keep them</button>
-    <button value="yes" class="danger">Clear everything</button></div>
+  <div class="row"><button value="no" class="push" id="askno" autofocus></button>
+    <button value="yes" class="danger" id="askyes"></button></div>
 </form></dialog>
 
 <dialog id="login" class="ask" aria-labelledby="logintitle"><form method="dialog">
@@ -4269,7 +4270,8 @@ dt { color: var(--soft); }
 const EVERY = 2000, SPAN = 300000, PAGE = 25, SHOWN = 65536, GAP = 12000;
 // Jobs are shown by these states; the API's "processing" is "running" in the stats and on the page.
 const STATES = ["pending", "processing", "delayed", "completed", "failed", "expired", "cancelled"];
-const FINAL = ["completed", "failed", "expired", "cancelled"], AGAIN = ["failed", "expired", "cancelled"];
+const FINAL = ["completed", "failed", "expired", "cancelled"];
+const AGAIN = ["delayed", "failed", "expired", "cancelled"];
 const TIMES = [["Created", "created_at"], ["Available", "available_at"], ["Started", "started_at"],
   ["Lease until", "lease_expires_at"], ["Expires", "expires_at"], ["Finished", "finished_at"]];
 const HISTOGRAMS = [  // the first one that /metrics has is plotted
@@ -4278,18 +4280,27 @@ const HISTOGRAMS = [  // the first one that /metrics has is plotted
 ];
 const live = { timer: 0, busy: false, locked: false, failures: 0, since: null, skew: 0,
   stats: null, last: null, samples: [], spokenAt: 0 };
-const view = { queue: "", status: "", cursors: [""], next: null, jobs: [], asked: 0, turn: 0,
-  job: null, jobText: "" };
+// The list's page is told by its cursors; wanted: those of the page that is loading; end: none is older than this.
+const view = { queue: "", status: "", cursors: [""], wanted: null, next: null, end: null, jobs: [], asked: 0,
+  turn: 0, job: null, jobText: "" };
 
 // -- small tools
 const $ = id => document.getElementById(id);
 const plain = state => state === "processing" ? "running" : state;
 const number = n => (n || 0).toLocaleString("en");
+const many = (n, noun) => number(n) + " " + noun + (n === 1 ? "" : "s");
 const date = text => new Date(text).toLocaleString("sv-SE");  // 2023-06-01 12:34:56, in local time
 const ago = text => span(Math.round((Date.now() + live.skew - Date.parse(text)) / 1000));
 const jobPath = (id, rest = "") => "api/jobs/" + encodeURIComponent(id) + rest;
 const secret = () => sessionStorage.getItem("jobqueue-token") || "";
-function put(node, text) { if (node.textContent !== String(text)) node.textContent = text; return node; }
+// Marks that turn a line around are shown instead of obeyed: an error could pass for another.
+const straight = text => String(text).replace(/[\u202a-\u202e\u2066-\u2069]/g,
+  mark => "\\u" + mark.charCodeAt().toString(16));
+function put(node, text) {
+  const shown = straight(text);
+  if (node.textContent !== shown) node.textContent = shown;
+  return node;
+}
 function make(tag, name = "", text = "", parent = null) {
   const node = put(document.createElement(tag), text);
   if (name) node.className = name;
@@ -4341,11 +4352,14 @@ class Refused extends Error {
     Object.assign(this, { status, code: problem.code || "" });
   }
 }
+class Unanswered extends Error {}
+const unanswered = problem => { throw new Unanswered("The server did not answer: " + problem.message); };
 async function text(method, path) {
   const headers = secret() ? { Authorization: "Bearer " + secret() } : {};
   const signal = AbortSignal.timeout(15000);
-  const answer = await fetch(path, { method, headers, signal, cache: "no-store" });
-  const body = await answer.text(), skew = Date.parse(answer.headers.get("Date")) - Date.now();
+  const answer = await fetch(path, { method, headers, signal, cache: "no-store" }).catch(unanswered);
+  const body = await answer.text().catch(unanswered);
+  const skew = Date.parse(answer.headers.get("Date")) - Date.now();
   live.skew = Math.abs(skew) > 2000 ? skew : 0;  // ages are by the server's clock
   if (answer.ok) return body;
   let problem = {};
@@ -4358,10 +4372,10 @@ async function act(method, path, told) {
   try { say(told(await call(method, path))); } catch (problem) { failed(problem); }
   await refresh();
 }
+const why = problem => problem instanceof Refused || problem instanceof Unanswered ? problem.message
+  : "This page cannot show the answer: " + problem.message;
 function failed(problem) {
-  if (!(problem instanceof Refused)) say("The server did not answer: " + problem.message, true);
-  else if (wantsToken(problem)) lock(problem);
-  else say(problem.message, true);
+  if (wantsToken(problem)) lock(problem); else say(why(problem), true);
 }
 
 // -- the token: asked for when the server wants one, gone with the tab
@@ -4410,8 +4424,7 @@ async function refresh() {
     showStats(stats);
     showWorkers(workers ? workers.workers : []);
   } catch (problem) {
-    if (problem instanceof Refused && wantsToken(problem)) lock(problem);
-    else wait = gone(problem);
+    if (wantsToken(problem)) lock(problem); else wait = gone(problem);
   }
   const again = live.busy === "again";
   live.busy = false;
@@ -4421,7 +4434,7 @@ async function refresh() {
 function gone(problem) {
   live.since ||= new Date();
   const wait = Math.min(30, 2 ** ++live.failures) * 1000;
-  const what = problem instanceof Refused ? problem.message : "the server does not answer";
+  const what = problem instanceof Unanswered ? "the server does not answer" : why(problem);
   const since = live.since.toTimeString().slice(0, 8);
   trouble("Since " + since + ": " + what + ". The next try is in " + span(wait / 1000) + ".");
   return wait;
@@ -4542,9 +4555,9 @@ function showStats(stats) {
     put(tile.firstChild, number(count(state)));
     tile.setAttribute("aria-pressed", String(view.status === state));
   });
-  const [clients, workers] = [stats.waiting_clients, stats.waiting_workers].map(number);
-  const waiting = `${clients} clients and ${workers} workers waiting`;
-  put($("waiting"), `${waiting}, ${number(stats.total)} jobs with ${size(stats.bytes || 0)} kept`);
+  const [clients, workers] = [many(stats.waiting_clients, "client"), many(stats.waiting_workers, "worker")];
+  const kept = `${many(stats.total, "job")} with ${size(stats.bytes || 0)} kept`;
+  put($("waiting"), `${clients} and ${workers} waiting, ${kept}`);
   put($("about"), `version ${stats.version}, up ${span(Math.floor(stats.uptime_seconds))}`);
   const [verb, action] = stats.paused ? ["Resume", "resumeAll"] : ["Pause", "pauseAll"];
   put($("pauseall"), verb + " all").dataset.do = action;
@@ -4567,14 +4580,15 @@ function showStats(stats) {
     put(cells[4], span(queue.oldest_pending_seconds));
     put(button, queue.paused ? "Resume" : "Pause").dataset.do = queue.paused ? "resume" : "pause";
     button.setAttribute("aria-label", button.textContent + " queue " + name);
+    button.disabled = Boolean(stats.paused);  // a queue's own pause would be a second one
   });
   $("noqueues").hidden = queues.length > 0;
   rows($("queue"), ["", ...new Set(queues.map(([name]) => name).concat(view.queue || []))], name => name,
     name => Object.assign(make("option", "", name || "Every queue"), { value: name }), () => {});
-  const failures = view.queue ? stats.queues[view.queue]?.failed : stats.failed;
-  $("requeueall").hidden = !failures;
-  put($("requeueall"), "Requeue all " + number(failures) + " failed");
+  $("requeueall").hidden = !failures();
+  put($("requeueall"), "Requeue all " + number(failures()) + " failed");
 }
+const failures = () => (view.queue ? live.stats.queues[view.queue]?.failed : live.stats.failed) || 0;
 function showWorkers(workers) {
   const start = () => tableRow(["", "wide", "num", "num", "num", "num"], true);
   rows($("workers"), workers, worker => String(worker.worker), start, (row, worker) => {
@@ -4589,11 +4603,12 @@ function showWorkers(workers) {
 
 // -- the list of jobs
 async function loadJobs(again = false) {
-  if (again && view.asked > 10) return;  // a rare state in a long list is not looked for every 2 s
-  const turn = ++view.turn, jobs = [];
-  let next = view.cursors.at(-1);
-  let asked = 0;
+  // A rare state in a long list is not looked for every 2 s.
+  if (again && view.asked > 10 && !view.wanted) return;
+  const turn = ++view.turn, cursors = view.wanted || view.cursors, jobs = [];
+  let next = cursors.at(-1), asked = 0;
   while (asked++ < 200 && jobs.length < PAGE && next !== null) {  // the server's page may be short
+    if (view.wanted && asked > 1) put($("pagesays"), `Looking through older jobs, request ${asked}…`);
     const query = new URLSearchParams({ limit: PAGE - jobs.length });
     for (const [name, value] of [["queue", view.queue], ["status", view.status], ["after", next]]) {
       if (value) query.set(name, value);
@@ -4603,8 +4618,13 @@ async function loadJobs(again = false) {
     jobs.push(...page.jobs);
     next = page.next;
   }
-  Object.assign(view, { jobs, next, asked });
-  if (!jobs.length && view.cursors.length > 1) { view.cursors = [""]; await loadJobs(); return; }
+  if (!jobs.length && next === null && cursors.length > view.cursors.length) {  // stay on the last page
+    Object.assign(view, { wanted: null, end: view.next });
+    say("No older ones.");
+  } else if (!jobs.length && next === null && cursors.length > 1) {  // what this page showed is gone
+    view.wanted = [""];
+    return loadJobs();
+  } else Object.assign(view, { cursors, jobs, next, asked, wanted: null });
   showJobs();
 }
 function showJobs() {
@@ -4622,19 +4642,23 @@ function showJobs() {
     const tries = job.attempt + " of " + job.attempts, age = ago(job.created_at);
     [job.queue, job.priority, tries, job.worker || "", error, age].forEach((it, at) => put(cells[at], it));
     cells[0].title = job.queue;
-    cells[4].title = error;
+    cells[4].title = straight(error);
     cells[5].title = date(job.created_at);
   });
   $("nojobs").hidden = jobs.length > 0;
-  const first = `No job yet. Send one: curl -d hello "${new URL("api/submit?wait=0", location)}"`;
+  const token = secret() && '-H "Authorization: Bearer TOKEN" ';
+  const first = `No job yet. Send one: curl ${token}-d hello "${new URL("api/submit?wait=0", location)}"`;
   put($("nojobs"), words ? "Nothing on this page fits. A whole id and Enter finds any job."
     : view.next ? "None up to here. Older looks on." : view.queue || view.status ? "No such job." : first);
-  const some = (words ? number(jobs.length) + " of " : "") + number(view.jobs.length) + " jobs";
+  const some = (words ? number(jobs.length) + " of " : "") + many(view.jobs.length, "job");
   put($("pagesays"), `Page ${view.cursors.length}, ${some}, newest first`);
   $("newer").disabled = view.cursors.length < 2;
-  $("older").disabled = !view.next;
+  $("older").disabled = !view.next || view.next === view.end;
 }
-function turnTo(cursors) { view.cursors = cursors; loadJobs().catch(failed); }
+function turnTo(cursors) {
+  Object.assign(view, { wanted: cursors, end: null });
+  return loadJobs().catch(failed);
+}
 function pick(status, queue) {
   Object.assign(view, { status, queue });
   $("status").value = status;
@@ -4663,12 +4687,13 @@ function members(json) {
   }
   return found;
 }
-function indented(json) {
+function indented(json) {  // or as it came, where that would be blanks for the most part
   let depth = 0, before = "", out = "";
   for (const token of tokens(json)) {
     if (closes(token)) depth--;
-    if (before === "," || opens(before) !== closes(token)) out += "\n" + "  ".repeat(depth);
+    if (before === "," || opens(before) !== closes(token)) out += "\n" + "  ".repeat(Math.min(depth, 40));
     out += token === ":" ? ": " : token;
+    if (out.length > 4 * SHOWN) return json;
     if (opens(token)) depth++;
     before = token;
   }
@@ -4749,25 +4774,54 @@ async function saveResult(event) {  // a link cannot carry the token; saved, nev
   if (!secret()) return;
   event.preventDefault();
   try {
-    const answer = await fetch($("result").href, { headers: { Authorization: "Bearer " + secret() } });
+    const headers = { Authorization: "Bearer " + secret() };
+    const answer = await fetch($("result").href, { headers }).catch(unanswered);
     if (!answer.ok) throw new Refused(answer.status, {});
     const link = make("a");
-    const bytes = new Blob([await answer.arrayBuffer()], { type: "application/octet-stream" });
+    const bytes = new Blob([await answer.arrayBuffer().catch(unanswered)], { type: "application/octet-stream" });
     link.href = URL.createObjectURL(bytes);
     link.download = view.job.job_id + ".result";
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   } catch (problem) { failed(problem); }
 }
-function askClear() {
-  const jobs = live.stats ? number(live.stats.total) + " jobs" : "All jobs";
-  put($("asktext"), jobs + " go: the waiting, the running and the finished ones. "
-    + "Clients that wait are told so (410). Nothing brings them back.");
-  $("ask").returnValue = "";
-  $("ask").showModal();
-}
 
 // -- what the buttons do
+function ask(title, text, yes, no = "Not now") {
+  const words = { asktitle: title, asktext: text, askyes: yes, askno: no };
+  for (const id in words) put($(id), words[id]);
+  $("ask").returnValue = "";
+  $("ask").showModal();
+  return new Promise(done => { $("ask").onclose = () => done($("ask").returnValue === "yes"); });
+}
+async function clear() {
+  const jobs = live.stats ? many(live.stats.total, "job") : "every job";
+  if (await ask("Forget every job?", `This forgets ${jobs}, waiting, running or finished. `
+    + "Clients that wait are told so (410). Nothing brings them back.", "Clear everything", "Keep them")) {
+    await act("DELETE", "api/admin/clear", answer => many(answer.cleared, "job") + " cleared.");
+  }
+}
+async function pauseAll() {
+  if (await ask("Pause every queue?", "No job is handed out until you resume. "
+    + "What is running goes on, and new jobs wait in line.", "Pause every queue")) {
+    await act("POST", "api/admin/pause", () => "Every queue is paused.");
+  }
+}
+async function requeueFailed() {
+  const queue = view.queue, n = failures(), of = queue ? "queue " + queue : "every queue";
+  if (await ask("Requeue all failed jobs?",
+    `${many(n, "failed job")} of ${of} ${n === 1 ? "goes" : "go"} back in line.`, "Requeue them")) {
+    await act("POST", "api/admin/requeue?status=failed" + (queue && "&queue=" + queue),
+      answer => many(answer.requeued, "job") + " requeued.");
+  }
+}
+async function cancelJob() {
+  const { job_id, status } = view.job;
+  if (status !== "processing" || await ask("Cancel a running job?", "A worker is working on it, and its result "
+    + "will be refused. Clients that wait are told that it is cancelled (410).", "Cancel it", "Let it run")) {
+    await jobAct("DELETE", jobPath(job_id), "Job cancelled.");
+  }
+}
 function queueAct(verb, button) {
   const name = button.closest("tr").dataset.key;
   return act("POST", `api/admin/${verb}?queue=${encodeURIComponent(name)}`, () => `Queue ${name}: ${verb}d.`);
@@ -4784,19 +4838,24 @@ const ACTIONS = {
   pick: tile => pick(view.status === tile.dataset.key ? "" : tile.dataset.key, view.queue),
   newer: () => turnTo(view.cursors.slice(0, -1)),
   older: () => turnTo([...view.cursors, view.next]),
-  clear: askClear,
-  pauseAll: () => act("POST", "api/admin/pause", () => "Every queue is paused."),
-  resumeAll: () => act("POST", "api/admin/resume", () => "Every queue is resumed."),
+  clear,
+  pauseAll,
+  resumeAll: () => act("POST", "api/admin/resume",
+    () => "Every queue is resumed, those paused one by one too."),
   pause: button => queueAct("pause", button),
   resume: button => queueAct("resume", button),
-  cancelJob: () => jobAct("DELETE", jobPath(view.job.job_id), "Job cancelled."),
+  cancelJob,
   requeueJob: () => jobAct("POST", "api/admin/requeue/" + view.job.job_id, "Job requeued."),
-  requeueFailed: () => act("POST", "api/admin/requeue?status=failed" + (view.queue && "&queue=" + view.queue),
-    answer => number(answer.requeued) + " jobs requeued."),
+  requeueFailed,
 };
-document.addEventListener("click", event => {
-  const button = event.target.closest("button[data-do]");
-  if (button) ACTIONS[button.dataset.do](button);
+document.addEventListener("click", async event => {
+  const button = event.target.closest("button"), verb = button?.dataset.do;
+  // The rest of a double click is dropped: what it would press has often changed under it.
+  if (button && event.detail > 1 && !["older", "newer"].includes(verb)) event.preventDefault();
+  else if (verb && button.ariaDisabled !== "true") {  // not disabled, which would take the focus away
+    button.ariaDisabled = "true";
+    try { await ACTIONS[verb](button); } finally { button.ariaDisabled = null; }
+  }
 });
 document.addEventListener("visibilitychange", refresh);
 addEventListener("online", refresh);
@@ -4805,14 +4864,10 @@ addEventListener("hashchange", () => location.hash ? openJob(location.hash.slice
 $("detail").addEventListener("close", forgetJob);
 $("result").addEventListener("click", saveResult);
 $("login").querySelector("form").addEventListener("submit", useToken);
-$("ask").addEventListener("close", () => {
-  if ($("ask").returnValue !== "yes") return;
-  act("DELETE", "api/admin/clear", answer => number(answer.cleared) + " jobs cleared.");
-});
 $("find").addEventListener("submit", event => {
   event.preventDefault();
-  const id = $("search").value.trim();
-  if (/^[0-9a-fA-F-]{36}$/.test(id)) location.hash = id; else showJobs();
+  const id = $("search").value.trim().toLowerCase();
+  if (/^[0-9a-f-]{36}$/.test(id)) location.hash = id; else showJobs();
 });
 $("search").addEventListener("input", showJobs);
 $("status").addEventListener("change", () => pick($("status").value, $("queue").value));
@@ -5448,7 +5503,7 @@ class Connection:
     def _go_on(self) -> None:
         if self._buffer and not self._advancing:  # what was sent on without waiting for the answer
             self._advance()
-            if self.state == _READING:
+            if self.state == _READING or (self.state == _HELD and len(self._buffer) <= 65536):
                 self._listen(self._events | _READ)  # _read stopped where the buffer was full
 
     @staticmethod

@@ -466,6 +466,7 @@ JSON = {
     "a BOM inside a string": '"\ufeff"'.encode(),
     "deep nesting of arrays": b"[" * DEEP + b"]" * DEEP,
     "deep nesting of objects": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
+    "deep nesting with spaces around": b"\r\n " + b"[" * DEEP + b"]" * DEEP + b" \n",
     "a string that looks like text": b'"plain"',
     "a megabyte": json.dumps(["x" * 1000] * 1000).encode(),
 }
@@ -489,6 +490,7 @@ TEXT = {
     "two values": b'{"a": 1}\n{"b": 2}',
     "an open string": b'"open',
     "an open array": b"[" * DEEP,
+    "an open array behind a space": b" " + b"[" * DEEP,
     "a raw tab in a string": b'"a\tb"',
     "a raw line end in a string": b'"a\nb"',
     "a bad escape": b'"\\x41"',

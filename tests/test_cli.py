@@ -777,6 +777,27 @@ def test_the_worker_survives_a_restart_of_the_server_and_hands_its_result_in(pro
     assert worker.wait() == OK
 
 
+def test_a_result_is_handed_in_without_a_complaint_though_the_server_has_closed_the_idle_connection(
+    tmp_path, clock, work, room
+):
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, lease=40_000) as server:
+        client = Client(server)
+        job_id = client.put(b"1")
+        worker = work(server.url, "--", "sh", "-c", WAIT_FOR_GO)
+        wait_until(lambda: (room / "started").exists(), 15)
+        clock.advance(server.settings.idle_timeout + 1)
+        # None is open but the one that asks.
+        wait_until(lambda: "\njobqueue_connections 1\n" in client.call("GET", "/metrics").body.decode())
+        (room / "go").touch()
+        client.wait_status(job_id, "completed")
+        worker.wait_log("job_completed")
+        worker.terminate()
+        assert worker.wait() == OK
+        assert "WARNING" not in worker.log() and "not_handed_in" not in worker.log(), worker.log()
+        assert client.view(job_id)["deliveries"] == 1
+        server.stop(drain=0)
+
+
 # -- work with --forward
 
 
@@ -896,6 +917,30 @@ def test_what_is_no_jobqueue_server_is_told_in_one_line(service, cli):
                 continue  # it shows what it was given
             assert done.returncode in (NO, USAGE, UNREACHABLE), (command, body, done)
             assert errors.count("\n") == 1 and "Traceback" not in errors, (command, body, errors)
+
+
+class NoQueue(Service):
+    """Answers polls with what no jobqueue server says, one thing after the other, the last again and again."""
+
+    SAID = (b"<html>Welcome!</html>", b'{"hello":1}', b"[1]", b"null", b"\xff", b"")
+
+    def do_POST(self) -> None:  # noqa: N802
+        self.server.answer = self.SAID[min(len(self.server.seen), len(self.SAID) - 1)]
+        super().do_POST()
+
+    do_GET = do_POST  # noqa: N815
+
+
+def test_a_worker_whose_server_is_none_says_so_and_goes_on_trying_until_it_is_stopped(work, service):
+    service.RequestHandlerClass = NoQueue
+    worker = work(service.url, "--", "cat")
+    for number in range(1, 5):
+        wait_until(lambda number=number: worker.log().count("server_away") >= number, 15, f"complaint {number}")
+    assert len(service.seen) >= 4
+    worker.terminate()
+    assert worker.wait() == OK
+    assert "Traceback" not in worker.log()
+    assert worker.log().count("it does not answer as a jobqueue server does") >= 4
 
 
 # -- tokens and the command line

@@ -18,6 +18,7 @@ pytest.importorskip("selenium", reason="selenium is not installed: the dashboard
 
 from selenium import webdriver  # noqa: E402
 from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
+from selenium.webdriver import ActionChains  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
@@ -113,10 +114,11 @@ class Page:
         self.find(f"#jobs tr[data-key='{job_id}'] a").click()
         self.until(lambda: self.text("#jobname") == job_id, "the job's own window")
 
-    def requested(self) -> list[str]:
-        """The addresses of all requests since this was last asked."""
+    def requested(self, *methods: str) -> list[str]:
+        """The addresses of all requests (with these methods) since this was last asked."""
         events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        sent = [e["params"]["request"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [request["url"] for request in sent if not methods or request["method"] in methods]
 
 
 @pytest.fixture
@@ -136,6 +138,13 @@ def show(browser: webdriver.Chrome) -> Iterator[Callable[..., Page]]:
 @pytest.fixture
 def running(process: Callable[..., ServerProcess]) -> ServerProcess:
     return process("--grpc-port", "off", "--fsync", "never")
+
+
+def submit_many(server: ServerProcess, count: int, **query: Any) -> list[str]:
+    options = "&".join(f"{name}={value}" for name, value in query.items())
+    lines = "\n".join(map(str, range(count)))
+    answer = call(server.url, "POST", f"/api/jobs?{options}", lines, {"Content-Type": "application/x-ndjson"})
+    return answer.json()["job_ids"]
 
 
 def submit(server: ServerProcess, payload: str = "{}", **query: Any) -> str:
@@ -252,10 +261,21 @@ def test_a_hidden_tab_asks_the_server_nothing(show, running):
     page.until(lambda: any("stats" in url for url in page.requested()), "a look at the server")
 
 
-def test_a_server_that_is_gone_is_said_and_found_again(show, process, running):
+def test_a_server_that_is_gone_is_said_and_found_again(show, process, running, browser):
+    low = {"width": 1200, "height": 400, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", low)
     page = show(running)
+    page.js("scrollTo(0, document.body.scrollHeight)")
     running.kill()
     page.shows("#banner", "does not answer")
+    # Where one has scrolled to: nothing covers it.
+    in_sight = """
+        const box = document.getElementById('trouble').getBoundingClientRect();
+        return scrollY > 100 && document.elementFromPoint(box.x + 5, box.y + 5)?.id === 'trouble';
+    """
+    page.until(lambda: page.js(in_sight), "the alarm in sight")
+    page.find("#search").send_keys("00000000-0000-4000-8000-000000000000", Keys.ENTER)
+    page.shows("#note", "The server did not answer")
     again = process("--grpc-port", "off", "--port", str(running.port))
     submit(again, queue="after")
     page.click("Try now")
@@ -306,6 +326,36 @@ def test_a_payload_is_shown_digit_by_digit(show, running):
     ]
 
 
+def test_deeply_nested_json_is_shown_at_once(show, running):
+    deep = {submit(running, "[" * depth + "]" * depth): depth for depth in (60, 5000, 32000)}
+    page = show(running)
+    for job_id, depth in deep.items():
+        page.open_job(job_id)
+        shown = page.js("return document.querySelector('#body pre').textContent")
+        assert shown.replace("\n", "").replace(" ", "") == "[" * depth + "]" * depth
+        assert len(shown) < 300_000 and " " * 81 not in shown
+        page.click("Close", "#detail")
+    assert page.text("#note") == ""
+
+
+def test_what_the_page_cannot_show_is_not_put_down_to_the_server(show, running):
+    submit(running)
+    page = show(running)
+    page.until(page.ids)
+    page.js("showJob = () => { throw new RangeError('Invalid string length'); }")
+    page.find("#jobs a").click()
+    page.shows("#note", "This page cannot show the answer: Invalid string length")
+
+
+def test_a_mark_that_turns_lines_around_is_shown_instead_of_obeyed(show, running):
+    job_id = fail(running, "no luck with \u202egpj.exe", payload="\u2066text")
+    page = show(running)
+    page.open_job(job_id)
+    assert [block.text for block in page.all("#detail pre")] == ["no luck with \\u202egpj.exe", "\\u2066text"]
+    assert "no luck with \\u202egpj.exe" in page.text("#jobs tr")
+    assert page.find("#jobs .soft").get_attribute("title") == "no luck with \\u202egpj.exe"
+
+
 def test_a_heavy_payload_is_cut_and_says_so(show, running):
     job_id = submit(running, "a\\" * 2_000_000)
     page = show(running)
@@ -318,9 +368,7 @@ def test_a_heavy_payload_is_cut_and_says_so(show, running):
 
 
 def test_older_and_newer_go_through_all_jobs(show, running):
-    lines = "\n".join(str(n) for n in range(60))
-    answer = call(running.url, "POST", "/api/jobs", lines, {"Content-Type": "application/x-ndjson"})
-    newest_first = answer.json()["job_ids"][::-1]
+    newest_first = submit_many(running, 60)[::-1]
     page = show(running)
     for name, start in [(None, 0), ("Older", 25), ("Older", 50), ("Newer", 25), ("Newer", 0)]:
         if name:
@@ -330,10 +378,35 @@ def test_older_and_newer_go_through_all_jobs(show, running):
         assert page.find("#newer").is_enabled() == (start > 0)
 
 
+def test_pages_are_counted_once_and_end_where_the_jobs_end(show, running):
+    submit_many(running, 15_000, queue="many")  # the server looks at 5,000 a request
+    few = submit_many(running, 50, queue="few")[::-1]
+    page = show(running)
+    page.find("#queue option[value=few]").click()
+    page.until(lambda: page.ids() == few[:25], "the newest of the queue")
+    page.js("for (const press of [1, 2]) document.getElementById('older').click()")
+    page.until(lambda: page.ids() == few[25:], "the next ones")
+    assert "Page 2, 25 jobs" in page.text("#pagesays")
+    page.js(
+        """
+        window.told = [];
+        const tell = () => told.push(document.getElementById("pagesays").textContent);
+        new MutationObserver(tell).observe(document.getElementById("pagesays"), { childList: true });
+        """
+    )
+    page.click("Older")
+    page.shows("#note", "No older ones.")
+    assert page.ids() == few[25:] and "Page 2, 25 jobs" in page.text("#pagesays")
+    assert any("Looking through older jobs, request 3" in words for words in page.js("return told"))
+    seen = page.js("return view.turn")
+    page.js("refresh()")
+    page.until(lambda: page.js("return view.turn > arguments[0] && !live.busy", seen), "another look at the server")
+    assert not page.find("#older").is_enabled()
+
+
 def test_a_state_that_is_rare_fills_its_page_all_the_same(show, running):
     rare = [fail(running, queue="rare") for _ in range(2)]
-    lines = "\n".join(str(n) for n in range(1500))
-    call(running.url, "POST", "/api/jobs?queue=many", lines, {"Content-Type": "application/x-ndjson"})
+    submit_many(running, 1500, queue="many")
     page = show(running)
     page.find("#status option[value=failed]").click()
     page.until(lambda: page.ids() == rare[::-1], "both failed jobs")
@@ -341,11 +414,10 @@ def test_a_state_that_is_rare_fills_its_page_all_the_same(show, running):
 
 def test_a_job_is_found_by_its_id_and_by_words_on_the_page(show, running):
     wanted = fail(running, "the printer is on fire")
-    lines = "\n".join(str(n) for n in range(30))
-    call(running.url, "POST", "/api/jobs?queue=many", lines, {"Content-Type": "application/x-ndjson"})
+    submit_many(running, 30, queue="many")
     page = show(running)
     page.until(lambda: len(page.ids()) == 25)
-    page.find("#search").send_keys(wanted, Keys.ENTER)  # it is on the second page
+    page.find("#search").send_keys(wanted.upper(), Keys.ENTER)  # it is on the second page
     page.shows("#jobname", wanted)
     page.click("Close", "#detail")
     page.find("#search").clear()
@@ -374,13 +446,44 @@ def test_cancel_ends_a_waiting_job(show, running):
     assert job(running, job_id)["status"] == "cancelled"
 
 
-def test_requeue_puts_a_failed_job_back_in_line(show, running):
-    job_id = fail(running)
+def test_cancel_asks_first_where_a_worker_is_at_it(show, running):
+    job_id = submit(running)
+    poll(running)
     page = show(running)
     page.open_job(job_id)
-    page.click("Requeue")
+    page.click("Cancel job")
+    page.click("Let it run", "#ask")
+    page.click("Cancel job")
+    assert job(running, job_id)["status"] == "processing"
+    page.click("Cancel it", "#ask")
+    page.shows("#jobstate", "cancelled")
+    assert job(running, job_id)["status"] == "cancelled"
+
+
+def test_a_double_click_counts_once(show, running, browser):
+    job_id = submit(running)
+    page = show(running)
+    page.open_job(job_id)
+    page.requested()
+    # Requeue comes to where Cancel job was.
+    ActionChains(browser).double_click(page.button("Cancel job")).perform()
+    page.shows("#jobstate", "cancelled")
+    assert len(page.requested("DELETE", "POST")) == 1
+    page.js("for (const press of [1, 2]) document.getElementById('requeue').click()")
     page.shows("#jobstate", "pending")
-    assert poll(running)["job_id"] == job_id
+    assert len(page.requested("DELETE", "POST")) == 1
+    assert job(running, job_id)["status"] == "pending"
+
+
+def test_requeue_puts_a_failed_or_delayed_job_in_line(show, running):
+    failed, delayed = fail(running), submit(running, delay=1000)
+    page = show(running)
+    for job_id in (failed, delayed):
+        page.open_job(job_id)
+        page.click("Requeue")
+        page.shows("#jobstate", "pending")
+        assert poll(running)["job_id"] == job_id
+        page.click("Close", "#detail")
 
 
 def test_a_refused_action_says_why(show, running):
@@ -399,11 +502,22 @@ def test_requeue_all_failed_of_one_queue_or_of_all(show, running):
     page = show(running)
     page.until(lambda: len(page.ids()) == 2)
     page.find("#queue option[value=a]").click()
+    page.shows("#pagesays", "Page 1, 1 job,")
     page.click("Requeue all 1 failed")
-    page.until(lambda: job(running, one)["status"] == "pending")
+    assert page.text("#asktext") == "1 failed job of queue a goes back in line."
+    page.click("Not now", "#ask")
+    page.click("Requeue all 1 failed")
+    assert job(running, one)["status"] == "failed"
+    page.click("Requeue them", "#ask")
+    page.shows("#note", "1 job requeued.")
+    assert job(running, one)["status"] == "pending"
     assert job(running, other)["status"] == "failed"
+    fail(running, queue="c")
+    page.js("refresh()")
     page.find("#queue option[value='']").click()
-    page.click("Requeue all 1 failed")
+    page.click("Requeue all 2 failed")
+    assert page.text("#asktext") == "2 failed jobs of every queue go back in line."
+    page.click("Requeue them", "#ask")
     page.until(lambda: job(running, other)["status"] == "pending")
 
 
@@ -420,14 +534,22 @@ def test_pause_holds_one_queue_and_resume_lets_it_go(show, running):
 
 
 def test_pause_all_holds_every_queue(show, running):
-    job_id = submit(running)
+    job_id, held = submit(running), submit(running, queue="held")
     page = show(running)
+    page.click("Pause queue held")
     page.click("Pause all")
+    page.click("Not now", "#ask")
+    page.click("Pause all")
+    assert stats(running)["paused"] is False
+    page.click("Pause every queue", "#ask")
     page.button("Resume all")
     assert poll(running) is None
+    # A queue's own button would change nothing now.
+    assert [button.is_enabled() for button in page.all("#queues button")] == [False, False]
     page.click("Resume all")
-    page.button("Pause all")
-    assert poll(running)["job_id"] == job_id
+    page.shows("#note", "those paused one by one too")
+    page.button("Pause queue held")
+    assert poll(running)["job_id"] == job_id and poll(running, "held")["job_id"] == held
 
 
 def test_clear_asks_first_and_no_means_no(show, running):
@@ -442,7 +564,7 @@ def test_clear_asks_first_and_no_means_no(show, running):
         assert stats(running)["total"] == 1
     page.click("Clear…")
     page.click("Clear everything")
-    page.shows("#note", "cleared")
+    page.shows("#note", "1 job cleared.")
     assert stats(running)["total"] == 0
     page.until(lambda: page.ids() == [])
 
@@ -493,6 +615,7 @@ def test_a_token_is_asked_for_and_kept_in_this_tab_only(process, browser, tmp_pa
     page.find("#token").send_keys(ADMIN, Keys.ENTER)
     page.until(lambda: page.all("#counts button"), "the counts")
     assert not page.find("#login").is_displayed()
+    page.shows("#nojobs", 'curl -H "Authorization: Bearer TOKEN" -d')
 
     assert page.js("return Object.values(sessionStorage)") == [ADMIN]
     elsewhere = page.js("return [localStorage.length, document.cookie, location.href]")

@@ -357,6 +357,43 @@ def test_a_poller_over_grpc_whose_deadline_is_over_leaves_the_line(server, clien
     wait_until(lambda: client.stats()["waiting_workers"] == 0, timeout=2)
 
 
+@pytest.fixture
+def parked(tmp_path, clock):
+    """A server, all of whose long polls over gRPC are taken by callers for another queue."""
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=0, grpc_threads=4, clock=clock) as server:
+        polls = [grpc_poller(server, queue="other") for _ in range(3)]
+        Client(server).wait_workers(3)
+        yield server
+        for each in polls:
+            each.cancel()
+        server.stop(drain=0)
+
+
+def test_a_worker_that_would_wait_gets_the_next_job_in_line_where_all_long_polls_over_grpc_are_taken(parked):
+    client, worker = Client(parked), WORKERS["grpc"](parked)
+    ids = [client.put() for _ in range(6)]
+    job, done = worker.poll(), []
+    while len(done) < len(ids) - 1:
+        done.append(job.id)
+        job = worker.complete(job, b'"done"', next=True, wait=20).next
+    assert [*done, job.id] == ids
+    assert [client.status(job_id) for job_id in ids] == ["completed"] * 5 + ["processing"]
+
+
+def test_a_worker_that_may_not_wait_over_grpc_is_told_that_its_result_is_taken_and_gets_no_job(parked):
+    client, worker = Client(parked), WORKERS["grpc"](parked)
+    client.put()
+    done = worker.complete(worker.poll(), b'"done"', next=True, wait=20)
+    assert (done.duplicate, done.next) == (False, None)
+    with pytest.raises(Refused, match="long polls") as no:
+        worker.poll(wait=20)
+    assert no.value.status == "UNAVAILABLE"
+    later_job = client.put()
+    following = worker.poll(wait=20)
+    assert (following.id, following.attempt, client.view(later_job)["deliveries"]) == (later_job, 1, 1)
+
+
 def test_callers_over_grpc_that_never_send_their_message_hold_up_nobody(server, client):
     import grpc
 

@@ -125,11 +125,19 @@ def test_a_port_that_is_taken_is_refused_and_named(start, tmp_path):
     ({"lease": 0}, "lease"), ({"lease": "long"}, "43200"), ({"attempts": 101}, "100"), ({"fsync": "x"}, "always"),
     ({"portt": 1}, "portt"), ({"port": -1}, "port"), ({"port": 70_000}, "65535"), ({"max_payload": -1}, "max_payload"),
     ({"host": "0.0.0.0"}, "insecure"),
+    ({"attempts": 2.7}, "whole number"), ({"attempts": "2.0"}, "whole number"), ({"attempts": float("inf")}, "100"),
+    ({"attempts": float("nan")}, "100"), ({"lease": float("inf")}, "43200"), ({"lease": float("nan")}, "43200"),
 ], ids=str)
 def test_a_setting_that_is_unknown_or_malformed_is_named_and_what_would_do(tmp_path, settings, names):
     with pytest.raises(ValueError, match=names):
         jobqueue.Server(**{"data_dir": tmp_path / "data", "port": 0, "grpc_port": None, **settings}).start()
     assert not (tmp_path / "data" / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("given, attempts", [(2.0, 2), (True, 1), (3, 3), ("4", 4)])
+def test_a_setting_may_be_given_as_any_number_that_is_whole(given, attempts):
+    settings = jobqueue.Settings(attempts=given)
+    assert (settings.attempts, type(settings.attempts)) == (attempts, int)
 
 
 def test_starting_and_stopping_leaves_no_thread_and_no_file_open(tmp_path):
@@ -508,6 +516,45 @@ def test_a_lease_can_be_extended_and_says_whether_the_job_is_still_wanted(start)
     with pytest.raises(jobqueue.JobQueueError) as no:
         job.complete(b"1")
     assert no.value.code == "job_finished"
+
+
+WRONG = {
+    "extend(-5)": lambda job: job.extend(-5),
+    "extend(nan)": lambda job: job.extend(float("nan")),
+    "extend(inf)": lambda job: job.extend(float("inf")),
+    "extend(0.5)": lambda job: job.extend(0.5),
+    "extend(word)": lambda job: job.extend("long"),
+    "fail, delay=-5": lambda job: job.fail("x", delay=-5),
+    "fail, delay=nan": lambda job: job.fail("x", delay=float("nan")),
+    "fail, delay of a year": lambda job: job.fail("x", delay=365 * 86_400),
+    "fail(bytes)": lambda job: job.fail(b"x"),
+    "fail(None)": lambda job: job.fail(None),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_what_cannot_be_done_to_a_job_is_refused_at_the_call_and_the_job_is_as_before(start, call):
+    server = start()
+    server.submit(b"1")
+    job = next(server.jobs(lease=10))
+    before = server.job(job.id)
+    with pytest.raises((TypeError, ValueError)):
+        WRONG[call](job)
+    assert server.job(job.id) == before
+    job.complete(b"1")
+    assert server.job(job.id)["status"] == "completed"
+
+
+@pytest.mark.parametrize("queues, options", [
+    (("default",), {"lease": -3}), (("default",), {"lease": float("nan")}), (("default",), {"lease": 0}),
+    (("bad name!",), {}), (("default", ""), {}), (("q" * 65,), {}), (("default",), {"worker": "a\nb"}),
+], ids=str)
+def test_jobs_that_cannot_be_asked_for_are_refused_at_the_call_and_none_is_taken(start, queues, options):
+    server = start()
+    future = server.submit(b"1")
+    with pytest.raises((TypeError, ValueError)):
+        server.jobs(*queues, **options)
+    assert server.job(future.job_id)["status"] == "pending"
 
 
 def test_a_lease_that_was_lost_is_an_error_with_its_code(start):

@@ -573,6 +573,20 @@ def test_a_full_disk_stores_nothing_and_service_resumes_by_itself(world):
     assert held.result(10).json()["payload"] == "held"
 
 
+def test_a_job_goes_on_where_the_disk_is_too_full_to_cancel_it_for_a_client_that_hung_up(world, caplog):
+    with connect(world.server.url) as client:
+        client.sendall(b"POST /api/submit?on_disconnect=cancel HTTP/1.1\r\nHost: localhost\r\n"
+                       b"Content-Length: 2\r\n\r\n{}")
+        wait_until(lambda: world.client.stats()["waiting_clients"] == 1)
+        world.break_the_disk(errno.ENOSPC)
+    wait_until(lambda: world.client.stats()["waiting_clients"] == 0)
+    world.monkeypatch.undo()
+    job = world.http.poll()
+    world.http.complete(job, b'"done"')
+    assert world.client.result(job.id) == b'"done"'
+    assert not [record for record in caplog.records if record.exc_info], "a traceback"
+
+
 def test_a_disk_that_failed_a_sync_leaves_nobody_in_the_dark(world):
     held = world.client.hold()
     job = world.http.poll()

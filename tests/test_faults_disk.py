@@ -459,6 +459,26 @@ def test_a_failed_cut_after_a_short_write_stops_the_server(tmp_path, seed):
         all_there(starts, load)
 
 
+@pytest.mark.parametrize("end, room", [("stopped", 0), ("stopped", 20), ("killed", -1_000)])
+def test_a_start_on_a_full_disk_without_a_reserve_ends_with_one_line_and_loses_nothing(tmp_path, seed, end, room):
+    flags, journal = ("--reserve", "0"), tmp_path / "data" / "journal.jsonl"
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start(*flags)
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for _ in range(10):
+            client.submit()
+        server.stop() if end == "stopped" else server.kill()
+        server = starts.start(*flags, stopped=True)
+        limit_file_size(server, journal.stat().st_size + room)
+        server.go()
+        assert server.wait() == STOPPED_BY_THE_DISK, server.log()
+        *events, last_words = server.log().splitlines()
+        assert all(re.match(r"\S+Z (WARNING|ERROR) \w+ ", event) for event in events), server.log()
+        assert last_words.startswith(f"jobqueue: {journal}") and "start again" in last_words, server.log()
+        all_there(starts, load)
+
+
 @needs("strace")
 @pytest.mark.parametrize(
     "fault", ["fdatasync,fsync:error=EIO", "write:error=ENOSPC", "write:error=EIO", "ftruncate:error=EIO"]

@@ -19,6 +19,7 @@ import pytest
 
 from http_cases import ALLOWED, CASES, CLOSES, EITHER, GET, SMUGGLED, line, parse_answers, submit, with_fields
 from support import grpc_stub, start_server, wait_until
+from wires import later
 
 EVERY = 0.1  # seconds between two drops of a slow client
 DEADLINE = 10  # seconds, for any one connection; a hang is a failure
@@ -287,6 +288,51 @@ def test_a_request_behind_a_held_one_is_answered_after_it(wire):
     assert answers[0].json()["payload"] == "result of first"
     assert answers[1].json() == {"status": "ok"}
     assert answers[2].json()["payload"] == "result of third"
+
+
+def test_a_large_request_behind_a_held_one_is_read_on_and_answered_after_it(wire):
+    held = b"POST /api/submit?queue=held-4 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nfirst"
+    large = submit(b"Content-Length: 300000\r\n", b"x" * 300_000, queue=b"held-4-large")
+    with wire.connect() as connection:
+        sending = later(connection.sendall, held + large + canary("held-4-canary"))
+        job = wire.poll("held-4")
+        for _ in range(3):  # by then it has read as much as it takes before the first is answered
+            assert wire.call("GET", "/health")[0] == 200
+        wire.complete(job, b'"result of first"')
+        answers = parse_answers(read_to_end(connection))
+        sending.result(DEADLINE)
+    assert [answer.status for answer in answers] == [200, 202, 202]
+    assert answers[0].json()["payload"] == "result of first"
+    assert wire.job(answers[1].json()["job_id"])["payload"] == "x" * 300_000
+
+
+def test_after_two_held_requests_of_which_the_second_is_large_the_third_is_answered(wire):
+    held = b"POST /api/submit?queue=held-5 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nfirst"
+    large = held.replace(b"Length: 5", b"Length: 70000").replace(b"first", b"x" * 70_000)
+    with wire.connect() as connection:
+        connection.sendall(held + large)
+        job = wire.poll("held-5")
+        for _ in range(3):
+            assert wire.call("GET", "/health")[0] == 200
+        wire.complete(job, b'"result of first"')
+        wire.complete(wire.poll("held-5"), b'"result of second"')
+        connection.sendall(canary("held-5-canary"))
+        answers = parse_answers(read_to_end(connection))
+    assert [answer.status for answer in answers] == [200, 200, 202]
+
+
+def test_a_hang_up_behind_a_large_held_request_is_noticed(wire):
+    held = b"POST /api/submit?queue=held-6 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nfirst"
+    large = held.replace(b"Length: 5", b"Length: 70000").replace(b"first", b"x" * 70_000)
+    large = large.replace(b"held-6", b"held-6&on_disconnect=cancel")
+    with wire.connect() as connection:
+        connection.sendall(held + large)
+        job = wire.poll("held-6")
+        for _ in range(3):
+            assert wire.call("GET", "/health")[0] == 200
+        wire.complete(job, b'"result of first"')
+        job = wire.poll("held-6")
+    wait_until(lambda: wire.job(job["job_id"])["status"] == "cancelled")
 
 
 def test_a_refusal_behind_a_held_request_comes_after_its_result(wire):
@@ -663,6 +709,53 @@ def test_a_workers_content_type_over_grpc_adds_no_header_to_the_result(wire, con
     answers = wire.answers(line(f"GET /api/jobs/{job.id}/result HTTP/1.1".encode()) + canary("types-canary"))
     assert [answer.status for answer in answers] == [200, 202]
     assert answers[0].body == b"done"
+    assert "x-injected" not in answers[0].headers
+
+
+@pytest.mark.parametrize("blank", [b"\xa0", b"\x85"], ids=["no-break space", "next line"])
+def test_a_blank_beyond_ascii_makes_a_workers_content_type_none(wire, blank):
+    """Unicode calls them white space; the grammar of a media type does not."""
+    wire.call("POST", "/api/submit?queue=blanks&wait=0", b"{}")
+    job = wire.poll("blanks")
+    path = f"POST /api/worker/complete/{job['job_id']}?lease_token={job['lease_token']} HTTP/1.1".encode()
+    complete = with_fields(b"Content-Type: text/html" + blank + b";x\r\nContent-Length: 4\r\n", path) + b"<p/>"
+    assert [answer.status for answer in wire.answers(complete + canary("blanks-canary"))] == [200, 202]
+    answers = wire.answers(line(f"GET /api/jobs/{job['job_id']}/result HTTP/1.1".encode()) + canary("blanks-canary"))
+    assert [answer.status for answer in answers] == [200, 202]
+    assert (answers[0].headers["content-type"], answers[0].body) == ("application/octet-stream", b"<p/>")
+
+
+# A parameter makes it look like a media type, were it not for what stands before the semicolon.
+SPLIT_TYPES = [
+    "text/html\r\n\r\n;<script>alert(1)</script>", "text/html\r\n;X-Injected: yes", "text/html\n\n;", "text/html\r;x=1",
+    "text/html \x0b;x=1", "text/html\u2028;x=1",
+]
+
+
+@pytest.mark.parametrize("content_type", SPLIT_TYPES)
+@pytest.mark.parametrize("way", ["a row over http", "a call over grpc", "a row over grpc"])
+def test_a_workers_content_type_with_a_line_end_never_splits_the_head_of_the_result(wire, way, content_type):
+    queue = way.replace(" ", "-")
+    job_id = wire.call("POST", f"/api/submit?queue={queue}&wait=0", b"{}")[1]["job_id"]
+    token = wire.poll(queue)["lease_token"]
+    if way == "a row over http":
+        row = {"job_id": job_id, "lease_token": token, "payload": "done", "content_type": content_type}
+        status, said = wire.call("POST", "/api/worker/complete", json.dumps({"results": [row]}).encode())
+        assert (status, said["results"][0]["status"]) == (200, 200)
+    else:
+        pytest.importorskip("grpc", reason="grpcio is not installed")
+        from worker_pb2_gen import worker_pb2 as pb
+
+        stub = grpc_stub(wire.server)
+        result = pb.JobResult(job_id=job_id, payload="done", lease_token=token, content_type=content_type)
+        if way == "a call over grpc":
+            assert stub.CompleteJob(result, timeout=DEADLINE).success
+        else:
+            assert stub.CompleteJobs(pb.JobResults(results=[result]), timeout=DEADLINE).results[0].status == 200
+    answers = wire.answers(line(f"GET /api/jobs/{job_id}/result HTTP/1.1".encode()) + canary("split-canary"))
+    assert [answer.status for answer in answers] == [200, 202]
+    assert answers[0].body == (b'"done"' if way == "a row over http" else b"done")
+    assert answers[0].headers["content-type"] == "application/octet-stream"
     assert "x-injected" not in answers[0].headers
 
 

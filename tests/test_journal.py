@@ -723,6 +723,21 @@ def test_files_are_for_their_owner_alone(make_queue):
         assert path.stat().st_mode & 0o077 == 0, path
 
 
+def test_files_are_for_their_owner_alone_also_where_the_folder_is_for_all(tmp_path, journals, clock):
+    (tmp_path / "journal.jsonl").touch(0o600)
+    (tmp_path / "journal.jsonl").write_bytes(journals["unsynced"][:-10])
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        open_engine(tmp_path, clock).close()
+    finally:
+        os.umask(before)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"journal.jsonl", "journal.jsonl.torn-1"} <= names
+    for name in names:
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0, name
+
+
 # -- compaction while serving
 
 
@@ -1208,6 +1223,64 @@ def test_what_the_disk_refused_did_not_happen_and_can_be_done_later(make_queue, 
     assert everything(queue) != before
     queue.restart("crash")
     assert judge(journal_of(queue.engine).read_bytes())[0] == "whole"
+
+
+def counts(queue: Queue) -> dict[str, Any]:
+    """What is counted of the jobs that workers ended or lost, and what ann has (completed, failed)."""
+    names = ("retries_total", "leases_lapsed_total", "late_completions_total", "duplicate_completions_total")
+    totals = {name: count for name, count in queue.engine.figures().items() if name in names}
+    assert len(totals) == len(names)
+    (ann,) = [seen for seen in queue.engine.workers_seen() if seen["worker"] == "ann"]
+    return totals | {"ann": (ann["completed"], ann["failed"])}
+
+
+COUNTED = {
+    "complete": (lambda queue, job: queue.complete(job), {"ann": (1, 0)}),
+    "complete with the next": (lambda queue, job: queue.complete(job, claim=Claim()), {"ann": (1, 0)}),
+    "complete many": (
+        lambda queue, job: queue.engine.complete_many([(job.id, job.token, b"1", "json", None)]).result(PATIENCE),
+        {"ann": (1, 0)},
+    ),
+    "fail": (lambda queue, job: queue.fail(job), {"ann": (0, 1), "retries_total": 1}),
+    "fail without delay": (lambda queue, job: queue.fail(job, delay=0), {"ann": (0, 1), "retries_total": 1}),
+    "fail for good": (lambda queue, job: queue.fail(job, retry=False), {"ann": (0, 1)}),
+}
+
+
+@pytest.mark.parametrize("room", [0, 10])
+@pytest.mark.parametrize("verb", COUNTED)
+def test_what_the_disk_refused_is_not_counted_until_it_is_done(make_queue, verb, room):
+    queue = make_queue(fsync="never")
+    queue.submit()
+    job = queue.take(worker="ann")
+    before, (call, counted) = counts(queue), COUNTED[verb]
+    with full_disk(queue, room):
+        for _ in range(3):
+            if verb == "complete many":
+                assert call(queue, job)[0].code == "disk_full"
+            else:
+                refused("disk_full", call, queue, job)
+    assert counts(queue) == before
+    call(queue, job)
+    assert counts(queue) == before | counted
+
+
+def test_a_lost_lease_and_a_late_completion_are_counted_once_though_the_disk_refused_them(make_queue):
+    queue = make_queue(fsync="never")
+    queue.submit(lease=5)
+    job = queue.take(worker="ann")
+    with full_disk(queue, 0):
+        for _ in range(5):  # it is tried again and again
+            queue.advance(5)
+        assert (queue.state(job), counts(queue)["leases_lapsed_total"]) == ("processing", 0)
+    queue.advance(5)
+    assert (queue.state(job), counts(queue)["leases_lapsed_total"]) == ("pending", 1)
+    with full_disk(queue, 0):
+        for _ in range(3):
+            refused("disk_full", queue.complete, job)
+        assert (counts(queue)["late_completions_total"], counts(queue)["ann"]) == (0, (0, 0))
+    queue.complete(job)
+    assert (counts(queue)["late_completions_total"], counts(queue)["ann"]) == (1, (1, 0))
 
 
 def test_jobs_that_could_not_be_given_back_come_back_when_their_lease_is_over(make_queue):

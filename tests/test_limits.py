@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import jobqueue
 from support import ServerProcess, call, connect, wait_until
 from wires import Client, WorkerOverHttp, check_problem, later
 
@@ -105,6 +106,49 @@ def test_ten_times_as_many_connections_as_allowed_leave_the_server_whole(process
 
     wait_until(served, SOON)
     assert "Traceback" not in server.log()
+
+
+def test_a_connection_too_many_over_tls_is_answered_503_once_it_has_shaken_hands(process, certs):
+    files = ("--tls-cert", str(certs.server_cert), "--tls-key", str(certs.server_key))
+    server = process("--grpc-port", "off", "--max-connections", "2", *files)
+    context = certs.context()
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            served = stack.enter_context(context.wrap_socket(connect(server.url), server_hostname="localhost"))
+            served.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert served.recv(4096).startswith(b"HTTP/1.1 200")
+        for _ in range(3):
+            too_many = stack.enter_context(context.wrap_socket(connect(server.url), server_hostname="localhost"))
+            head, _, body = read_to_the_end(too_many).partition(b"\r\n\r\n")  # without having asked
+            assert head.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in head and b"Connection: close" in head
+            assert json.loads(body)["code"] == "too_many_clients"
+        served.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # those that are in are still served
+        assert served.recv(4096).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in server.log()
+
+
+def test_a_silent_connection_too_many_over_tls_does_not_keep_the_server_busy(tmp_path, clock, certs, monkeypatch):
+    turns = []
+
+    class Counting(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> Any:
+            turns.append(timeout)
+            return super().select(timeout)
+
+    monkeypatch.setattr(selectors, "DefaultSelector", Counting)
+    files = {"tls_cert": str(certs.server_cert), "tls_key": str(certs.server_key)}
+    with jobqueue.Server(
+        data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, max_connections=1, **files
+    ) as server:
+        with contextlib.closing(connect(server.url)), contextlib.closing(connect(server.url)) as too_many:
+            # Each that comes is a turn or two, and then there is nothing to do. Only time can show that.
+            with pytest.raises(AssertionError, match="in vain"):
+                wait_until(lambda: len(turns) > 200, 0.5, "the server to spin")
+            assert len(turns) >= 2, "it has not seen them"
+            too_many.settimeout(0)
+            with pytest.raises(BlockingIOError):  # it was told nothing, as it has not shaken hands
+                too_many.recv(1)
+        server.stop(drain=0)
 
 
 # -- held clients

@@ -289,6 +289,16 @@ def test_json_nested_deeply_is_json_and_travels_verbatim(depth):
         assert kind_of(broken) == "text"
 
 
+@pytest.mark.parametrize("depth", [10, 1_000, 20_000])
+@pytest.mark.parametrize("before, behind", [(b" ", b""), (b"", b"\n"), (b"\r\n\t ", b" \r\n")])
+def test_json_nested_deeply_is_json_with_white_space_around_it_too(depth, before, behind):
+    data = before + b"[" * depth + b"]" * depth + behind
+    assert kind_of(data) == "json"
+    assert as_json("json", data) == data.decode()
+    for broken in (before + data[len(before) + 1 :], data + b"]", data + b",1", b"\x0b" + data, b"1" + data):
+        assert kind_of(broken) == "text"
+
+
 @given(json_values)
 @example(1e308)
 @example("\ud800")

@@ -237,6 +237,30 @@ def test_a_batch_over_http_has_no_such_end(client, http):
     assert [job.id for job in http.poll_many(10)] == ids
 
 
+@pytest.mark.parametrize("wire", WORKERS)
+def test_a_poll_for_many_gives_fewer_where_more_would_not_fit_a_batch(tmp_path, clock, wire):
+    """One at least, however large; the others stay in line, in order and uncounted."""
+    settings = {"port": 0, "grpc_port": 0, "clock": clock, "max_batch": 10_000}
+    with jobqueue.Server(data_dir=tmp_path, **settings) as server:
+        client, worker = Client(server), WORKERS[wire](server)
+        sizes = [4_000] * 6 + [30_000] + [4_000] * 2
+        ids, got = [client.put(b"x" * size) for size in sizes], []
+        while jobs := worker.poll_many(100):
+            assert len(jobs) == 1 or sum(sizes[len(got) + 1 : len(got) + len(jobs)]) <= 10_000
+            got += [(job.id, job.attempt) for job in jobs]
+            waiting = ids[len(got) :]
+            assert [client.status(job_id) for job_id in waiting] == ["pending"] * len(waiting)
+            if len(jobs) > 1:
+                assert len(jobs) < 6, "more than fit"
+        assert got == [(job_id, 1) for job_id in ids]
+        assert [client.view(job_id)["deliveries"] for job_id in ids] == [1] * len(ids)
+        polling = later(worker.poll_many, 100, wait=300)
+        client.wait_workers(1)
+        job_id = client.put(b"y" * 30_000)
+        assert [job.id for job in polling.result(10)] == [job_id]
+        server.stop(drain=0)
+
+
 # == Completing, and the next job in the same round trip
 
 
@@ -443,6 +467,8 @@ BROKEN = [
     '{"more": 1, "results": [{"job_id": "ID"}]}', '{"results": [{"job_id": "ID", "lease_token": "\x01"}]}',
     '{"results": [{"job_id": "ID", "lease_token": "\\x"}]}', '{"results": [{"job_id": "\\ud800"}]}',
     '{"results": [{,"job_id": "ID"}]}',
+    '{"results": [{"job_id": "ID", "payload": 1, "payload": 2}]}', '{"results": [{"job_id": "ID", "job_id": "ID"}]}',
+    '{"results": [{"payload": 1, "job_id": "ID", "p\\u0061yload": 1}]}',
 ]
 
 
@@ -455,6 +481,29 @@ def test_a_batch_that_cannot_be_read_is_refused_whole(client, http, body):
     assert problem["code"] in ("invalid_request", "invalid_parameter")
     assert client.status(job.id) == "processing", "none of it was taken"
     assert http.complete(job).duplicate is False
+
+
+def test_a_row_with_hundreds_of_members_is_refused_in_a_few_words(client, http):
+    client.put()
+    job = http.poll()
+    row = {"job_id": job.id, "payload": 1} | {f"m{number}": number for number in range(500)}
+    answer = batch(client, json.dumps({"results": [row]}))
+    assert check_problem(answer)["code"] == "invalid_request"
+    assert len(answer.body) < 1000
+    assert client.status(job.id) == "processing"
+
+
+def test_a_batch_takes_10_000_results_and_with_one_more_none_of_them(client, worker):
+    client.put()
+    job = worker.poll()
+    nobodys = [(NOWHERE, b"1")] * 9_999
+    with refused("invalid_request") as no:
+        worker.complete_many((job, b"1"), (NOWHERE, b"1"), *nobodys)
+    assert "10000" in no.value.detail
+    assert client.status(job.id) == "processing"
+    said = worker.complete_many((job, b"1"), *nobodys)
+    assert [status for _, status, *_ in said] == [200] + [404] * 9_999
+    assert client.result(job.id) == b"1"
 
 
 def test_a_batch_that_is_not_utf_8_is_refused(client):
@@ -491,6 +540,15 @@ def test_the_largest_result_is_taken(client, worker):
     with refused("payload_too_large"):
         worker.complete(job, b"x" * (MAX_PAYLOAD + 1))
     assert client.status(job.id) == "processing"
+
+
+def test_an_error_that_is_no_text_is_taken_and_kept_to_65_536_characters(client, http):
+    client.put()
+    job = http.poll()
+    path = f"/api/worker/fail/{job.id}"
+    answer = client.call("POST", path, b"\xff" * 2_000_000, lease_token=job.token, retry="false")
+    assert ok(answer)["status"] == "failed"
+    assert 1_000 <= len(client.view(job.id)["error"]) <= 65_536
 
 
 # == Both wires at once
