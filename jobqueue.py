@@ -61,6 +61,8 @@ import random
 import re
 import secrets
 import selectors
+import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -126,7 +128,9 @@ def _port(name: str, given: Any) -> int | None:
 
 
 def _text(name: str, given: Any) -> str | None:
-    return None if given in (None, "") else os.fspath(given)
+    if given == "":  # what "$UNSET" comes to: without its file of tokens, a server would be open to all
+        raise ValueError(f"{name} is empty; leave it out to run without")
+    return None if given is None else os.fspath(given)
 
 
 def _names(name: str, given: Any) -> tuple[str, ...]:
@@ -163,6 +167,11 @@ class Setting(NamedTuple):
         """The environment variables that set it, the one that wins first."""
         own = "JOBQUEUE_" + self.name.upper()
         return (own, self.env) if self.env else (own,)
+
+    def told(self, given: str) -> str:
+        """Its flag, and the variable that `given` stands in or might stand in."""
+        variable = next((name for name in self.variables if os.environ.get(name) == given), self.variables[0])
+        return f"{self.flag} ({variable})"
 
 
 SECONDS = _number(float, 0, 10 * 365 * DAY)
@@ -1024,7 +1033,7 @@ class JournalReader:
     def _damaged(self, offset: int, what: str) -> DataError:
         return DataError(
             f"{self.path} is damaged at byte {offset}: {what}. Nothing was changed. Restore the file from a "
-            f"backup, or look at it with 'jobqueue.py check --dump {os.path.dirname(self.path) or '.'}'"
+            f"backup, or look at it with: python jobqueue.py check --dump {shlex.quote(self.path)}"
         )
 
 
@@ -6709,11 +6718,68 @@ def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> conc
 
 
 # == Client ============================================================================================================
-# What the command line speaks to a server with: http.client and nothing else.
+# What the command line speaks to a server with: http.client and nothing else. Exit codes: what a script wants to tell
+# apart has its own.
+
+EXIT_OK, EXIT_NO, EXIT_USAGE, EXIT_DATA = 0, 1, 2, 3
+EXIT_UNREACHABLE, EXIT_DISK, EXIT_NOT_YET = 69, 74, 75  # EX_UNAVAILABLE, EX_IOERR, EX_TEMPFAIL of sysexits.h
+
+
+class Refused(Exception):
+    """What was asked for is not done: the exit code and why; `status` where a server said no."""
+
+    def __init__(self, code: int, detail: str, status: int = 0) -> None:
+        super().__init__(detail)
+        self.code, self.status = code, status
 
 
 class Unreachable(Exception):
-    """The server cannot be reached, or hung up."""
+    """The server cannot be reached, or hung up, or is none."""
+
+    code = EXIT_UNREACHABLE
+
+
+def readable(flag: str, path: str, *kinds: str) -> str:
+    """The path of a file; ValueError, with its flag, unless it can be read and holds PEM blocks of these kinds."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read() if kinds else b""
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}") from None
+    for kind in kinds:
+        if f"{kind}-----".encode() not in text:
+            raise ValueError(f"{flag} {path} holds no {kind.lower()} in PEM")
+    return path
+
+
+def load_certificate(context: ssl.SSLContext, flags: tuple[str, str], cert: str, key: str | None) -> None:
+    """A certificate and its key into `context`; ValueError says by its flag which file is wrong."""
+    cert_flag, key_flag = flags
+    holder = f"{key_flag} {key}" if key else f"{cert_flag} {cert}"
+
+    def ask_nobody() -> str:  # OpenSSL would ask at the terminal, which a service has not
+        raise ValueError(f"{holder} is encrypted: give a key that has no pass phrase")
+
+    readable(cert_flag, cert, "CERTIFICATE")
+    if key:
+        readable(key_flag, key, "PRIVATE KEY")
+    else:
+        try:
+            readable(cert_flag, cert, "PRIVATE KEY")
+        except ValueError:
+            raise ValueError(f"{cert_flag} {cert} holds no key: give {key_flag}") from None
+    with _naming(f"{cert_flag} {cert}" + (f" with {holder}" if key else "")):
+        context.load_cert_chain(cert, key, ask_nobody)
+
+
+@contextlib.contextmanager
+def _naming(files: str) -> Iterator[None]:
+    """What OpenSSL says about files does not name them."""
+    try:
+        yield
+    except OSError as error:
+        why = getattr(error, "reason", None) or error.strerror or str(error)
+        raise ValueError(f"cannot use {files}: {why.replace('_', ' ').lower()}") from None
 
 
 class Client:
@@ -6729,7 +6795,7 @@ class Client:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
-        self._parts, self._path = parts, parts.path.rstrip("/")
+        self._url, self._parts, self._path = url, parts, parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._context = self._tls(ca, certificate) if parts.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
@@ -6737,13 +6803,10 @@ class Client:
 
     @staticmethod
     def _tls(ca: str | None, certificate: tuple[str, str | None] | None) -> ssl.SSLContext:
-        try:
-            context = ssl.create_default_context(cafile=ca)
-            if certificate:
-                context.load_cert_chain(*certificate)
-        except OSError as error:
-            files = ", ".join(filter(None, (ca, *(certificate or ()))))
-            raise ValueError(f"cannot use {files}: {error.strerror or error}") from None
+        with _naming(f"--ca {ca}"):
+            context = ssl.create_default_context(cafile=ca and readable("--ca", ca, "CERTIFICATE"))
+        if certificate:
+            load_certificate(context, ("--cert", "--key-file"), *certificate)
         return context
 
     def call(
@@ -6770,6 +6833,32 @@ class Client:
         if answer.will_close:
             self.close()
         return answer.status, answer.headers, data
+
+    def ask(self, read: Callable[[bytes], Any], method: str, path: str, *given: Any, **options: Any) -> Any:
+        """What `read` makes of the body of a jobqueue server's answer; arguments as for `call`.
+
+        Raises Refused where the server says no, and Unreachable where whoever answers is no such server: its error is
+        no problem document, or `read` stumbles over what it says.
+        """
+        status, _, body = self.call(method, path, *given, **options)
+        if status >= 300:
+            raise self.problem(status, body)
+        try:
+            return read(body)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise self._strange(status) from None
+
+    def problem(self, status: int, body: bytes) -> Refused | Unreachable:
+        """What to raise for an answer that is an error."""
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            problem = json.loads(body)
+            hint = " (--token or JOBQUEUE_TOKEN)" if status == 401 else ""
+            if problem["code"]:  # others' errors may have a detail, too
+                return Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem["detail"] + hint, status)
+        return self._strange(status)
+
+    def _strange(self, status: int) -> Unreachable:
+        return Unreachable(f"{self._url} answered {status}, and not as a jobqueue server does")
 
     def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
         if self._connection is None:
@@ -6810,13 +6899,6 @@ class Client:
         if self._connection:
             self._connection.close()
         self._connection = None
-
-
-def problem_of(status: int, body: bytes) -> str:
-    """The detail of an error answer, for a person."""
-    with contextlib.suppress(ValueError, AttributeError):
-        return json.loads(body)["detail"]
-    return f"HTTP {status}: {body[:200].decode(errors='replace')}"
 
 
 # == Worker ============================================================================================================
@@ -6875,24 +6957,22 @@ class Worker:
         try:
             if self._stopping.is_set():
                 return None
-            status, _, body = self._client.call(
-                "GET", "/api/worker/poll", timeout=self.WAIT + 30, wait=self.WAIT, **self._options
+            return self._client.ask(
+                lambda body: PolledJob(body) if body else None,
+                "GET",
+                "/api/worker/poll",
+                timeout=self.WAIT + 30,
+                wait=self.WAIT,
+                **self._options,
             )
+        except Refused as error:
+            if error.status >= 500:
+                raise Unreachable(str(error)) from None
+            raise Refused(error.code, f"the server refuses this worker: {error}") from None
         finally:
             self._polling = False
             if self._stopping.is_set():
                 self._client.reopen()
-        if status == 200:
-            try:
-                return PolledJob(body)
-            except (ValueError, LookupError, TypeError) as error:
-                raise Unreachable(f"it does not answer as a jobqueue server does ({error!r})") from None
-        if status != 204:
-            problem = problem_of(status, body)
-            if status < 500:
-                raise SystemExit(f"jobqueue: the server refuses this worker: {problem}")
-            raise Unreachable(problem)
-        return None
 
     def _serve(self, job: PolledJob) -> None:
         beat = _Heartbeat(self._heart, job)
@@ -6902,6 +6982,9 @@ class Worker:
             job.lose("stopped")
         try:
             verdict = self._run(job)
+        except Refused:  # it cannot be run at all: not this job's fault
+            self._release(job)
+            raise
         except Exception as error:
             log.exception("worker_failed job=%s", job.id)
             verdict = Verdict("fail", f"{type(error).__name__}: {error}".encode(), {}, {"retry": "true"})
@@ -6936,7 +7019,7 @@ class Worker:
                 )
                 if status < 500:
                     break
-                reason: Any = problem_of(status, body)
+                reason: Any = self._client.problem(status, body)
             except Unreachable as error:
                 reason = error
             if last:
@@ -6947,11 +7030,21 @@ class Worker:
             self._giving_up.wait(pause)
             pause = min(5.0, pause * 2 or 0.1)
         if status == 200:
-            log.info("job_%s job=%s", {"complete": "completed", "fail": "failed"}[verdict.verb], job.id)
+            self._tell(job, verdict, body)
         elif status == 413 and verdict.verb == "complete":
-            self._hand_in(job, Verdict("fail", problem_of(status, body).encode(), {}, {"retry": "false"}))
+            reason = str(self._client.problem(status, body))
+            self._hand_in(job, Verdict("fail", reason.encode(), {}, {"retry": "false"}))
         else:
-            log.warning("not_accepted job=%s reason=%s", job.id, problem_of(status, body))
+            log.warning("not_accepted job=%s reason=%s", job.id, self._client.problem(status, body))
+
+    @staticmethod
+    def _tell(job: PolledJob, verdict: Verdict, answer: bytes) -> None:
+        if verdict.verb == "complete":
+            log.info("job_completed job=%s", job.id)
+            return
+        what = "job_failed" if b'"status":"failed"' in answer else "job_retried"
+        last = verdict.body.decode(errors="replace").strip().rpartition("\n")[2]
+        log.warning("%s job=%s reason=%s", what, job.id, last[:300])
 
 
 class Verdict(NamedTuple):
@@ -6997,20 +7090,30 @@ class _Heartbeat(threading.Thread):
         self._client, self._job, self._over = client, job, threading.Event()
 
     def run(self) -> None:
-        job = self._job
+        try:
+            self._beat(self._job)
+        except Exception as error:  # whatever it is: without a heartbeat, the job is soon another worker's
+            self._job.lose(f"its lease cannot be extended: {error!r}")
+
+    def _beat(self, job: PolledJob) -> None:
         # A cancelled job is noticed within 10 s, however long the lease.
         while not self._over.wait(min(job.lease / 3, 10.0)):
             try:
-                status, _, body = self._client.call(
-                    "POST", f"/api/worker/extend/{job.id}", lease_token=job.token, timeout=10
+                cancelled = self._client.ask(
+                    lambda body: json.loads(body)["cancelled"],
+                    "POST",
+                    f"/api/worker/extend/{job.id}",
+                    lease_token=job.token,
+                    timeout=10,
                 )
             except Unreachable:
                 continue  # the server is away; the lease may outlive that
-            if status == 200 and json.loads(body)["cancelled"]:
-                job.lose("cancelled")
-                return
-            if status in (404, 409):
-                job.lose(problem_of(status, body))
+            except Refused as error:
+                if error.status not in (404, 409):
+                    continue
+                cancelled = str(error)
+            if cancelled:
+                job.lose("cancelled" if cancelled is True else cancelled)
                 return
 
     def stop(self) -> None:
@@ -7035,15 +7138,55 @@ def run_command(command: list[str], job: PolledJob) -> Verdict:
             start_new_session=True,
         )
     except OSError as error:
-        return Verdict("fail", f"cannot run {command[0]}: {error.strerror}".encode(), {}, {"retry": "true"})
+        why = f"cannot run {command[0]}: {error.strerror}"
+        if error.errno == errno.E2BIG:  # the job's headers do not fit the environment
+            return Verdict("fail", why.encode(), {}, {"retry": "false"})
+        raise Refused(EXIT_USAGE, why) from None
     job.on_lost = functools.partial(_kill, process)
     if job.lost.is_set():
         _kill(process)
-    output, errors = process.communicate(job.payload)
+    output, errors = _outcome(process, job.payload)
     if process.returncode == 0:
         return Verdict("complete", output, {}, {})
     text = errors[-4096:].strip() or f"{command[0]} ended with {process.returncode}".encode()
     return Verdict("fail", text, {}, {"retry": "true" if process.returncode == EXIT_RETRY else "false"})
+
+
+def _outcome(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:
+    """What a command wrote to its two outputs, once it has ended.
+
+    What it left running in the background may hold the pipes open: it has a second, then its process group is ended;
+    of what has left the group, no more is waited for.
+    """
+    given: bytes | None = payload  # only the first call takes it
+    chances = 2
+    while True:
+        ended = _ended(process)
+        try:
+            return process.communicate(given, timeout=1)
+        except subprocess.TimeoutExpired as so_far:
+            given = None
+            if not ended:
+                continue
+            _kill(process)
+            chances -= 1
+            if chances:
+                continue
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                with contextlib.suppress(OSError):  # of what was not written yet
+                    pipe.close()
+            process.wait()
+            return so_far.output or b"", so_far.stderr or b""
+
+
+def _ended(process: subprocess.Popen) -> bool:
+    """Whether it has; where the system can tell without waiting for it, the number of its group stays its own."""
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # SIGCHLD is ignored here, and the system waits
+        return True
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -7098,25 +7241,15 @@ def forward(url: str, job: PolledJob) -> Verdict:
 
 
 # == Command line ======================================================================================================
-# A row of COMMANDS for each command. Exit codes: EXIT_*; what a script wants to tell apart has its own.
-
-EXIT_OK, EXIT_NO, EXIT_USAGE, EXIT_DATA = 0, 1, 2, 3
-EXIT_UNREACHABLE, EXIT_DISK, EXIT_NOT_YET = 69, 74, 75  # EX_UNAVAILABLE, EX_IOERR, EX_TEMPFAIL of sysexits.h
-
-
-class Refused(Exception):
-    """The server said no: the exit code and why."""
-
-    def __init__(self, code: int, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
+# A row of COMMANDS for each command.
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the server until SIGTERM or SIGINT; a second one ends the wait for jobs in progress, a third one all."""
-    given = {setting.name: getattr(arguments, setting.name) for setting in SETTINGS if hasattr(arguments, setting.name)}
-    server = Server(**given)
+    server = Server(**_given_settings(arguments))
+    _check_files(server.settings)
     set_up_logging(server.settings.log_format, server.settings.log_level)
+    _warn_of_unknown_variables()
     _raise_file_limit(server.settings.max_connections)
     bell = _Bell((signal.SIGTERM, signal.SIGINT))
     server.when_failed(bell.ring)
@@ -7131,14 +7264,42 @@ def serve(arguments: argparse.Namespace) -> int:
             _tell_systemd("WATCHDOG=1")
     _tell_systemd("STOPPING=1")
     if not server.failed.is_set():
-        log.info("stopping drain=%g", server.settings.drain)
+        running = server.engine.stats()["running"]
+        log.info("stopping drain=%g running=%d: a second signal ends the wait", server.settings.drain, running)
     stopping = threading.Thread(target=lambda: (server.stop(), bell.ring()), daemon=True)
     stopping.start()
     while stopping.is_alive() and not server.stopped.is_set() and len(bell.signals) < 3:
         bell.wait(1)
         if len(bell.signals) > 1:
             server.hurry()
+    bell.ignore()
     return EXIT_DISK if server.failed.is_set() else EXIT_OK
+
+
+def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings from flags and environment; what is wrong with one is told with the names of both."""
+    given = {setting: getattr(arguments, setting.name) for setting in SETTINGS if hasattr(arguments, setting.name)}
+    return {setting.name: setting.parse(setting.told(value), value) for setting, value in given.items()}
+
+
+def _check_files(settings: Settings) -> None:
+    """ValueError, with flag and file, before anything is opened or made."""
+    if settings.tokens:
+        readable("--tokens", settings.tokens)
+    if not settings.tls_cert:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_certificate(context, ("--tls-cert", "--tls-key"), settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca:
+        with _naming(f"--tls-client-ca {settings.tls_client_ca}"):
+            context.load_verify_locations(readable("--tls-client-ca", settings.tls_client_ca, "CERTIFICATE"))
+
+
+def _warn_of_unknown_variables() -> None:
+    known = {name for setting in SETTINGS for name in setting.variables} | set(map(_variable, _CLIENT_FLAGS))
+    for name in sorted(os.environ.keys() - known):
+        if name.startswith("JOBQUEUE_") and os.environ[name]:
+            log.warning("unknown_variable name=%s: there is no such setting, so it sets nothing", name)
 
 
 class _Bell:
@@ -7148,13 +7309,28 @@ class _Bell:
     to miss one: it may come between the interpreter's last look and the wait.
     """
 
+    BURST = 0.5  # seconds: `timeout` signals its command and at once the command's group; that is one wish, not two
+
     def __init__(self, signals: Iterable[int]) -> None:
-        self.signals: list[int] = []  # what has come so far
+        self.signals: list[int] = []  # what has come so far; of a burst, the first
+        self._deaf_until = -math.inf
         self._in, self._out = socket.socketpair()
         self._out.setblocking(False)
         signal.set_wakeup_fd(self._out.fileno(), warn_on_full_buffer=False)
-        for number in signals:
-            signal.signal(number, lambda number, _: self.signals.append(number))
+        self._numbers = tuple(signals)
+        for number in self._numbers:
+            signal.signal(number, self._heard)
+
+    def _heard(self, number: int, _: Any) -> None:
+        now = Clock.monotonic()
+        if now >= self._deaf_until:
+            self._deaf_until = now + self.BURST
+            self.signals.append(number)
+
+    def ignore(self) -> None:
+        """From now on. In its last moments the interpreter puts the default back for all but what is ignored."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def ring(self) -> None:
         with contextlib.suppress(OSError):
@@ -7188,15 +7364,19 @@ def _raise_file_limit(connections: int) -> None:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+def _plain(text: str) -> str:
+    """In one line; what a caller sent cannot start another, nor command a terminal."""
+    return _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
 class _TextFormatter(logging.Formatter):
-    """One line an event; what a caller sent cannot start another."""
+    """One line an event."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
         if record.exc_info:
             text += " traceback=" + self.formatException(record.exc_info)
-        text = _CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
-        return f"{iso_time(microseconds(record.created))} {record.levelname} {text}"
+        return f"{iso_time(microseconds(record.created))} {record.levelname} {_plain(text)}"
 
 
 class _JsonFormatter(logging.Formatter):
@@ -7226,80 +7406,139 @@ def work(arguments: argparse.Namespace) -> int:
         raise ValueError("give either -- COMMAND..., or --forward URL")
     if arguments.forward:
         Client(arguments.forward)  # a bad URL is told now
+        run = functools.partial(forward, arguments.forward)
+    elif shutil.which(command[0]):
+        run = functools.partial(run_command, command)
+    else:
+        raise ValueError(f"cannot run {command[0]}: not {'executable' if os.path.exists(command[0]) else 'found'}")
     set_up_logging("text", "info")
-    run = (
-        functools.partial(forward, arguments.forward) if arguments.forward else functools.partial(run_command, command)
-    )
     name = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
     options = {"queue": arguments.queue, "lease": arguments.lease, "worker": name}
     workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
-    threads = [_Working(worker) for worker in workers]
-
-    told = threading.Event()  # by a first signal
-
-    def stop() -> None:
-        for worker in workers:
-            worker.stop()
-
-    def on_signal(*_: Any) -> None:
-        stop()
-        if told.is_set():
-            log.info("stopping at once: what runs is ended, its jobs go back in line")
-            for worker in workers:
-                worker.give_up()
-        else:
-            told.set()
-            log.info("stopping: what runs is finished, nothing more is taken; a second signal ends it")
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    bell = _Bell((signal.SIGTERM, signal.SIGINT))
+    threads = [_Working(worker, bell) for worker in workers]
     log.info("working url=%s queue=%s concurrency=%d", arguments.url, arguments.queue or "default", len(workers))
     for thread in threads:
         thread.start()
+    _watch(threads, bell)
+    bell.ignore()
     for thread in threads:
-        while thread.is_alive():
-            thread.join(0.2)
-            if thread.refused:
-                stop()
-    refusals = [thread.refused for thread in threads if thread.refused]
-    if refusals:
-        raise Refused(EXIT_NO, refusals[0])
+        if thread.error:
+            raise thread.error
     return EXIT_OK
 
 
 class _Working(threading.Thread):
-    """A worker's thread; `refused` says why the server will have nothing to do with it."""
+    """A worker's thread; `error` says why it cannot go on."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, bell: _Bell) -> None:
         super().__init__(daemon=True)
-        self._worker, self.refused = worker, ""
+        self.worker, self._bell = worker, bell
+        self.error: Refused | None = None
+        self.over = False
 
     def run(self) -> None:
         try:
-            self._worker.work()
-        except SystemExit as error:
-            self.refused = str(error).removeprefix("jobqueue: ")
+            self.worker.work()
+        except Refused as error:
+            self.error = error
+        except BaseException as error:
+            log.exception("worker_ended")
+            self.error = Refused(EXIT_NO, f"a worker ended: {type(error).__name__}: {error}")
+        finally:
+            self.over = True
+            self._bell.ring()
+
+
+def _watch(threads: list[_Working], bell: _Bell) -> None:
+    """Until all have ended. The first signal, or one that cannot go on, lets what runs finish; the second ends it."""
+    stopping = giving_up = False
+    while True:
+        bell.wait(None)
+        if all(thread.over for thread in threads):
+            return
+        error = next((thread.error for thread in threads if thread.error), None)
+        if not stopping and (error or bell.signals):
+            stopping = True
+            why = f" since {error}" if error else ""
+            log.info("stopping%s: what runs is finished, nothing more is taken; a second signal ends it", why)
+            for thread in threads:
+                thread.worker.stop()
+        if not giving_up and len(bell.signals) > 1:
+            giving_up = True
+            log.info("stopping at once: what runs is ended, its jobs go back in line")
+            for thread in threads:
+                thread.worker.give_up()
 
 
 # -- a client
 
 
 def _client(arguments: argparse.Namespace) -> Client:
-    certificate = (arguments.cert, arguments.key_file) if arguments.cert else None
-    return Client(arguments.url, arguments.token, arguments.ca, certificate)
+    if arguments.key_file and not arguments.cert:
+        raise ValueError("--key-file needs --cert")
+    token = _header("--token (JOBQUEUE_TOKEN)", arguments.token)
+    return Client(arguments.url, token, arguments.ca, (arguments.cert, arguments.key_file) if arguments.cert else None)
 
 
-def _ask(arguments: argparse.Namespace, method: str, path: str, **query: Any) -> Any:
-    """The JSON of a successful answer."""
-    status, _, body = _client(arguments).call(method, path, **query)
-    if status >= 400:
-        raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem_of(status, body))
-    return json.loads(body)
+def _header(name: str, value: str | None) -> str | None:
+    """What can stand in a header."""
+    if value and (_CONTROL.search(value) or max(value) > "\xff"):
+        raise ValueError(f"{name} must be one line of Latin-1 characters")  # not shown: it may be a secret
+    return value
 
 
-def _show(arguments: argparse.Namespace, answer: Any, text: str) -> int:
-    print(json_text(answer) if arguments.json else text)
+def _print_answer(
+    arguments: argparse.Namespace, tell: Callable[[bytes], list[str]], method: str, path: str, **query: Any
+) -> int:
+    """Ask, and print the answer: as it came with --json, else the lines that `tell` makes of it for people."""
+    body, lines = _client(arguments).ask(lambda body: (body, tell(body)), method, path, **query)
+    if arguments.json:
+        _write(body + b"\n")
+    else:
+        _say(lines)
     return EXIT_OK
+
+
+class Unwritten(Exception):
+    """Standard output takes nothing; `closed`: since whoever read it has seen enough."""
+
+    def __init__(self, why: str, closed: bool) -> None:
+        super().__init__(f"standard output {why}")
+        self.closed = closed
+
+
+def _write(data: bytes, flush: bool = True) -> None:
+    """To standard output; raises Unwritten."""
+    if sys.stdout is None:  # Python was started without one
+        raise Unwritten("was closed", True)
+    try:
+        sys.stdout.buffer.write(data)
+        if flush:
+            sys.stdout.buffer.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what is left in the buffer must not fail once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        closed = isinstance(error, BrokenPipeError)
+        raise Unwritten("was closed" if closed else f"failed: {error.strerror}", closed) from None
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Lines for people, who may have a terminal that cannot show all."""
+    text = "".join(_plain(line) + "\n" for line in lines)
+    if text:
+        _write(text.encode(getattr(sys.stdout, "encoding", None) or "utf-8", "backslashreplace"))
+
+
+def _complain(text: str, end: str = "\n") -> None:
+    if sys.stderr is not None:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _input() -> io.BufferedIOBase:
+    if sys.stdin is None:  # Python was started without one
+        raise ValueError("standard input is closed")
+    return sys.stdin.buffer
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -7314,60 +7553,73 @@ def submit(arguments: argparse.Namespace) -> int:
         return _submit_file(arguments, options)
     if arguments.payload is None:
         raise ValueError("give a PAYLOAD, - for standard input, or --file FILE")
-    payload = sys.stdin.buffer.read() if arguments.payload == "-" else os.fsencode(arguments.payload)
-    headers = {"Content-Type": arguments.content_type} if arguments.content_type else {}
-    if arguments.key:
-        headers["Idempotency-Key"] = arguments.key
-    status, _, body = _client(arguments).call(
-        "POST", "/api/submit", payload, headers, timeout=None, wait=arguments.wait, **options
+    headers = {
+        "Content-Type": _header("--content-type", arguments.content_type),
+        "Idempotency-Key": _header("--key", arguments.key),
+    }
+    payload = _input().read() if arguments.payload == "-" else os.fsencode(arguments.payload)
+    body, job_id, result = _client(arguments).ask(
+        _submitted,
+        "POST",
+        "/api/submit",
+        payload,
+        {name: value for name, value in headers.items() if value},
+        timeout=None,
+        wait=arguments.wait,
+        **options,
     )
-    if status >= 400:
-        raise Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem_of(status, body))
-    if arguments.json:
-        print(body.decode())
-    elif status == 202:
-        print(json.loads(body)["job_id"])
-    else:
-        _print_payload(body)
-    return EXIT_NOT_YET if status == 202 and arguments.wait != 0 else EXIT_OK
+    try:
+        _write(body + b"\n" if arguments.json else f"{job_id}\n".encode() if result is None else result)
+    except Unwritten as error:
+        raise Refused(EXIT_NO, f"{error}; job {job_id} was submitted") from None
+    return EXIT_NOT_YET if result is None and arguments.wait != 0 else EXIT_OK
 
 
-def _print_payload(body: bytes) -> None:
-    """The result as the worker sent it: bytes as bytes, a string as its text."""
+def _submitted(body: bytes) -> tuple[bytes, str, bytes | None]:
+    """The answer, its job, and the result as the worker sent it, a string as its text (None: not yet)."""
     members = _members(body.decode(), 0)[0]
-    text = members["payload"]
+    job_id, text = json.loads(members["job_id"]), members.get("payload")
+    if text is None:
+        return body, job_id, None
     if "payload_encoding" in members:
-        sys.stdout.buffer.write(base64.b64decode(json.loads(text)))
-    else:
-        value = json.loads(text) if text[:1] == '"' else text
-        sys.stdout.buffer.write(value.encode(errors="replace") + (b"" if value.endswith("\n") else b"\n"))
-    sys.stdout.buffer.flush()
+        return body, job_id, base64.b64decode(json.loads(text))
+    value = json.loads(text) if text[:1] == '"' else text
+    return body, job_id, value.encode(errors="backslashreplace") + (b"" if value.endswith("\n") else b"\n")
 
 
 def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
-    """Each line is a payload. Sent in batches, each of them whole or not at all."""
-    client, done = _client(arguments), 0
-    source = sys.stdin.buffer if arguments.file == "-" else open(arguments.file, "rb")  # noqa: SIM115
+    """Each line is a payload. Sent in batches, each of them whole or not at all; also where nobody reads the ids."""
+    client, done, read = _client(arguments), 0, 0
+    source = _input() if arguments.file == "-" else open(arguments.file, "rb")  # noqa: SIM115
     size = 0 if arguments.file == "-" else os.path.getsize(arguments.file)
-    read = 0
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    unwritten: Unwritten | None = None
     with source:
         for lines in _batches(source, 5000, 8 * MIB):
-            status, _, body = client.call(
-                "POST", "/api/jobs", b"".join(lines), {"Content-Type": "application/x-ndjson"}, timeout=None, **options
-            )
-            if status != 202:
-                raise Refused(
-                    EXIT_NOT_YET if status == 503 else EXIT_NO,
-                    f"{problem_of(status, body)} ({done} jobs were submitted before that)",
+            try:
+                body, ids = client.ask(
+                    lambda body: (body, json.loads(body)["job_ids"]),
+                    "POST",
+                    "/api/jobs",
+                    b"".join(lines),
+                    {"Content-Type": "application/x-ndjson"},
+                    timeout=None,
+                    **options,
                 )
-            ids = json.loads(body)["job_ids"]
+            except (Refused, Unreachable) as error:
+                raise Refused(error.code, f"{error} ({done} jobs were submitted before that)") from None
             done, read = done + len(ids), read + sum(map(len, lines))
-            print(body.decode() if arguments.json else "\n".join(ids))
-            if sys.stderr.isatty():
-                share = f" ({100 * read // size} %)" if size else ""
-                print(f"\r{done} jobs submitted{share}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+            try:
+                if unwritten is None:
+                    _write((body.decode() if arguments.json else "\n".join(ids)).encode() + b"\n")
+            except Unwritten as error:
+                unwritten = error
+            if shown:
+                _complain(f"\r{done} jobs submitted" + (f" ({100 * read // size} %)" if size else ""), end="")
+    if shown:
+        _complain("")
+    if unwritten:
+        raise Refused(EXIT_NO, f"{unwritten}; all {done} jobs were submitted")
     return EXIT_OK
 
 
@@ -7389,54 +7641,66 @@ def _batches(source: Iterable[bytes], count: int, size: int) -> Iterator[list[by
 def list_jobs(arguments: argparse.Namespace) -> int:
     """List jobs, newest first, or show one."""
     if arguments.job_id:
-        return _show(arguments, job := _ask(arguments, "GET", f"/api/jobs/{_quoted(arguments.job_id)}"), _as_lines(job))
-    found: list[dict[str, Any]] = []
-    after = None
+        return _print_answer(arguments, _job_lines, "GET", f"/api/jobs/{_quoted(arguments.job_id)}")
+    status = "processing" if arguments.status == "running" else arguments.status
+    found: list[tuple[str, dict[str, Any]]] = []
+    after, client = None, _client(arguments)
     while len(found) < arguments.limit:
-        page = _ask(
-            arguments,
+        page, after = client.ask(
+            _job_page,
             "GET",
             "/api/jobs",
             queue=arguments.queue,
-            status=arguments.status,
+            status=status,
             limit=min(1000, arguments.limit - len(found)),
             after=after,
         )
-        found += page["jobs"]
-        after = page["next"]
+        found += page
         if after is None:
             break
-    row = "{job_id}  {status:10}  {queue:16}  {attempt}/{attempts}  {created_at}"
-    rows = [row.format_map(job) for job in found]
     if arguments.json:
-        print("\n".join(map(json_text, found)))
-    elif rows:
-        print("\n".join(rows))
+        _write(b"".join(json_text(job).encode() + b"\n" for _, job in found))
+    else:
+        _say(row for row, _ in found)
     return EXIT_OK
+
+
+def _job_page(body: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int | None]:
+    """The jobs of a page, each with its row, and the cursor of the next."""
+    page = json.loads(body)
+    row = "{job_id}  {status:10}  {queue:16}  {attempt}/{attempts}  {created_at}"
+    return [(row.format_map(job), job) for job in page["jobs"]], page["next"]
 
 
 def _quoted(job_id: str) -> str:
     return urllib.parse.quote(job_id, safe="")
 
 
-def _as_lines(answer: dict[str, Any]) -> str:
-    width = max(map(len, answer), default=0)
-    return "\n".join(
-        f"{name:{width}}  {value if isinstance(value, str) else json_text(value)}" for name, value in answer.items()
-    )
+def _job_lines(body: bytes) -> list[str]:
+    """The members of a job, a line each; JSON stays as it was sent."""
+    members = _members(body.decode(), 0)[0]
+    if "job_id" not in members:
+        raise ValueError("no job")
+    shown = {name: json.loads(text) if text[:1] == '"' else text for name, text in members.items()}
+    width = max(map(len, shown))
+    return [f"{name:{width}}  {text}" for name, text in shown.items()]
 
 
 def show_stats(arguments: argparse.Namespace) -> int:
     """Show counts by state and queue."""
-    answer = _ask(arguments, "GET", "/api/admin/stats")
+    return _print_answer(arguments, _stats_lines, "GET", "/api/admin/stats")
+
+
+def _stats_lines(body: bytes) -> list[str]:
+    stats = json.loads(body)
     states = ("pending", "running", "delayed", "completed", "failed", "expired", "cancelled")
-    rows = [("queue", *states), ("(all)", *(answer[state] for state in states))]
-    rows += [(name, *(queue[state] for state in states)) for name, queue in sorted(answer["queues"].items())]
-    table = "\n".join(
-        "  ".join(f"{cell:>10}" if column else f"{cell:16}" for column, cell in enumerate(row)) for row in rows
-    )
-    waiting = f"waiting: {answer['waiting_clients']} clients, {answer['waiting_workers']} workers"
-    return _show(arguments, answer, f"{table}\n{waiting}")
+    rows = [("queue", *states), ("(all)", *(stats[state] for state in states))]
+    for name, queue in sorted(stats["queues"].items()):
+        rows.append((name + " (paused)" * queue["paused"], *(queue[state] for state in states)))
+    width = max(16, *(len(name) for name, *_ in rows))
+    lines = [f"{name:{width}}" + "".join(f"  {cell:>10}" for cell in cells) for name, *cells in rows]
+    lines.append(f"waiting: {stats['waiting_clients']} clients, {stats['waiting_workers']} workers")
+    return [*lines, "paused: all"] if stats["paused"] else lines
 
 
 def requeue(arguments: argparse.Namespace) -> int:
@@ -7446,33 +7710,43 @@ def requeue(arguments: argparse.Namespace) -> int:
     if arguments.job_id and arguments.queue:
         raise ValueError("--queue goes with --status; a JOB_ID says all")
     if arguments.job_id:
-        answer = _ask(arguments, "POST", f"/api/admin/requeue/{_quoted(arguments.job_id)}")
-        return _show(arguments, answer, answer["message"])
-    answer = _ask(arguments, "POST", "/api/admin/requeue", status=arguments.status, queue=arguments.queue)
-    return _show(arguments, answer, f"{answer['requeued']} jobs requeued")
+        return _print_answer(arguments, _message, "POST", f"/api/admin/requeue/{_quoted(arguments.job_id)}")
+    return _print_answer(
+        arguments,
+        lambda body: [f"{json.loads(body)['requeued']} jobs requeued"],
+        "POST",
+        "/api/admin/requeue",
+        status=arguments.status,
+        queue=arguments.queue,
+    )
+
+
+def _message(body: bytes) -> list[str]:
+    return [json.loads(body)["message"]]
 
 
 def cancel(arguments: argparse.Namespace) -> int:
     """Cancel a job."""
-    answer = _ask(arguments, "DELETE", f"/api/jobs/{_quoted(arguments.job_id)}")
-    return _show(arguments, answer, answer["message"])
+    return _print_answer(arguments, _message, "DELETE", f"/api/jobs/{_quoted(arguments.job_id)}")
 
 
 def pause(arguments: argparse.Namespace) -> int:
     """Hand out no more jobs of a queue, or of all."""
-    answer = _ask(arguments, "POST", "/api/admin/pause", queue=arguments.queue)
-    return _show(arguments, answer, _paused(answer))
-
-
-def _paused(answer: dict[str, Any]) -> str:
-    names = answer["paused"]
-    return "paused: " + (names if isinstance(names, str) else ", ".join(names) or "none")
+    return _hand_out(arguments, "pause")
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Hand out again."""
-    answer = _ask(arguments, "POST", "/api/admin/resume", queue=arguments.queue)
-    return _show(arguments, answer, _paused(answer))
+    return _hand_out(arguments, "resume")
+
+
+def _hand_out(arguments: argparse.Namespace, verb: str) -> int:
+    return _print_answer(arguments, _paused, "POST", f"/api/admin/{verb}", queue=arguments.queue)
+
+
+def _paused(body: bytes) -> list[str]:
+    names = json.loads(body)["paused"]
+    return ["paused: " + (names if isinstance(names, str) else ", ".join(names) or "none")]
 
 
 # -- files
@@ -7480,7 +7754,7 @@ def resume(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Verify the journal of a data folder, and say what it holds; it is only read."""
-    path = arguments.data_dir
+    path = arguments.folder
     path = os.path.join(path, "journal.jsonl") if os.path.isdir(path) else path
     reader, ops = JournalReader(path), collections.Counter()
     states: dict[str, str] = {}
@@ -7489,9 +7763,12 @@ def check(arguments: argparse.Namespace) -> int:
             ops[record["op"]] += 1
             _follow(states, record)
             if arguments.dump:
-                print(json_text(record))
+                _write(json_text(record).encode() + b"\n", flush=False)
     except FileNotFoundError:
         raise DataError(f"there is no {path}") from None
+    finally:
+        if arguments.dump:
+            _write(b"")  # what was read before a damage, too
     if arguments.dump:
         return EXIT_OK
     counts = collections.Counter(states.values())
@@ -7507,8 +7784,11 @@ def check(arguments: argparse.Namespace) -> int:
     text = f"{path}: good, format {reader.version}, {answer['records']} records, {reader.end} bytes, "
     text += "closed cleanly" if reader.clean else "not closed"
     text += f"; a torn tail of {reader.torn} bytes, which nobody was told of, will be cut off" if reader.torn else ""
-    text += "\n" + ", ".join(f"{counts[state]} {state}" for state in STATES)
-    return _show(arguments, answer, text)
+    if arguments.json:
+        _write(json_text(answer).encode() + b"\n")
+    else:
+        _say([text, ", ".join(f"{counts[state]} {state}" for state in STATES)])
+    return EXIT_OK
 
 
 def _follow(states: dict[str, str], record: dict[str, Any]) -> None:
@@ -7528,8 +7808,8 @@ def token(arguments: argparse.Namespace) -> int:
     wrong = set(arguments.scope.split(",")) - set(SCOPES)
     if wrong:
         raise ValueError(f"--scope must be of {', '.join(SCOPES)}, comma-separated, got {arguments.scope!r}")
-    _label("--name", arguments.name)
-    print(" ".join(filter(None, (arguments.scope, secrets.token_urlsafe(32), arguments.name))))
+    _label("--name", arguments.name or "")
+    _say([" ".join(filter(None, (arguments.scope, secrets.token_urlsafe(32), arguments.name)))])
     return EXIT_OK
 
 
@@ -7549,26 +7829,29 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(setting.flag, help=setting.help.replace("%", "%%") + shown, **options)
 
 
+# flag -> its value, default, what it is. Each has a variable of the environment.
+_CLIENT_FLAGS = {
+    "--url": ("URL", "http://127.0.0.1:3000", "the server"),
+    "--token": ("TOKEN", None, "access token, which is better kept in the variable"),
+    "--ca": ("FILE", None, "CA file to check an https server by"),
+    "--cert": ("FILE", None, "client certificate"),
+    "--key-file": ("FILE", None, "its key"),
+}
+
+
+def _variable(flag: str) -> str:
+    return "JOBQUEUE_" + flag[2:].replace("-", "_").upper()
+
+
 def _client_flags(parser: argparse.ArgumentParser) -> None:
-    environment = os.environ.get
-    parser.add_argument(
-        "--url",
-        default=environment("JOBQUEUE_URL") or "http://127.0.0.1:3000",
-        help="the server (JOBQUEUE_URL; default %(default)s)",
-    )
-    parser.add_argument("--token", default=environment("JOBQUEUE_TOKEN"), help="access token (better: JOBQUEUE_TOKEN)")
-    parser.add_argument(
-        "--ca",
-        default=environment("JOBQUEUE_CA"),
-        metavar="FILE",
-        help="CA file to check an https server by (JOBQUEUE_CA)",
-    )
-    parser.add_argument(
-        "--cert", default=environment("JOBQUEUE_CERT"), metavar="FILE", help="client certificate (JOBQUEUE_CERT)"
-    )
-    parser.add_argument(
-        "--key-file", default=environment("JOBQUEUE_KEY_FILE"), metavar="FILE", help="its key (JOBQUEUE_KEY_FILE)"
-    )
+    for flag, (value, default, text) in _CLIENT_FLAGS.items():
+        shown = f"; default {default}" if default else ""
+        given = os.environ.get(_variable(flag)) or default
+        parser.add_argument(flag, default=given, metavar=value, help=f"{text} ({_variable(flag)}{shown})")
+
+
+def _asking_flags(parser: argparse.ArgumentParser) -> None:
+    _client_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
@@ -7595,7 +7878,7 @@ def _work_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit_flags(parser: argparse.ArgumentParser) -> None:
-    _client_flags(parser)
+    _asking_flags(parser)
     parser.add_argument("payload", nargs="?", metavar="PAYLOAD", help="the payload; - reads standard input")
     parser.add_argument(
         "--file", metavar="FILE", help="submit each line of this file (- for standard input) and print the ids"
@@ -7608,41 +7891,41 @@ def _submit_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _jobs_flags(parser: argparse.ArgumentParser) -> None:
-    _client_flags(parser)
+    _asking_flags(parser)
     parser.add_argument("job_id", nargs="?", metavar="JOB_ID", help="show this job")
     parser.add_argument("--queue", help="of this queue only")
-    parser.add_argument("--status", choices=STATES, help="in this state only")
+    parser.add_argument("--status", choices=(*STATES, "running"), help="in this state only; running: processing")
     parser.add_argument(
         "--limit", type=_flag(_number(int, 1, 10**9)), default=100, metavar="N", help="at most so many (default 100)"
     )
 
 
 def _requeue_flags(parser: argparse.ArgumentParser) -> None:
-    _client_flags(parser)
+    _asking_flags(parser)
     parser.add_argument("job_id", nargs="?", metavar="JOB_ID")
     parser.add_argument("--status", choices=("failed", "expired", "cancelled"), help="all that ended so")
     parser.add_argument("--queue", help="with --status: of this queue only")
 
 
 def _cancel_flags(parser: argparse.ArgumentParser) -> None:
-    _client_flags(parser)
+    _asking_flags(parser)
     parser.add_argument("job_id", metavar="JOB_ID")
 
 
 def _queue_flags(parser: argparse.ArgumentParser) -> None:
-    _client_flags(parser)
+    _asking_flags(parser)
     parser.add_argument("--queue", help="this queue (default: all)")
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", metavar="DATA_DIR", help="the folder, or the journal itself")
+    parser.add_argument("folder", metavar="DATA_DIR", help="the folder, or the journal itself")
     parser.add_argument("--dump", action="store_true", help="print each record as a line of JSON")
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
 def _token_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scope", required=True, help="client, worker, admin; comma-separated")
-    parser.add_argument("--name", default="", help="whose it is, for people")
+    parser.add_argument("--name", help="whose it is, for people")
 
 
 def _flag(parse: Callable[[str, Any], Any]) -> Callable[[str], Any]:
@@ -7668,7 +7951,7 @@ COMMANDS = {
     "work": Command(work, _work_flags, "work --queue thumbnails --concurrency 4 -- convert - -resize 200x200 png:-"),
     "submit": Command(submit, _submit_flags, "submit '{\"x\": 1}' --queue sums --wait 30"),
     "jobs": Command(list_jobs, _jobs_flags, "jobs --status failed"),
-    "stats": Command(show_stats, _client_flags, "stats --json"),
+    "stats": Command(show_stats, _asking_flags, "stats --json"),
     "requeue": Command(requeue, _requeue_flags, "requeue --status failed --queue sums"),
     "cancel": Command(cancel, _cancel_flags, "cancel 550e8400-e29b-41d4-a716-446655440000"),
     "pause": Command(pause, _queue_flags, "pause --queue sums"),
@@ -7682,57 +7965,64 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong and where more stands."""
 
     def error(self, message: str) -> None:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        _complain(f"{self.prog}: {_plain(message)}; see {self.prog} --help")
         raise SystemExit(EXIT_USAGE)
+
+
+_ARGUMENTS = {"job_id": "JOB_ID", "folder": "DATA_DIR"}  # those that are no flags
+_MAY_BE_EMPTY = ("payload", "scope")  # a payload may be; of a scope, `token` says what would do
+
+
+def _refuse_empty(arguments: argparse.Namespace) -> None:
+    """A flag with '' is what "$UNSET" comes to: whoever wrote it did not mean to leave it out."""
+    for name, value in vars(arguments).items():
+        if value == "" and name in _ARGUMENTS:
+            raise ValueError(f"{_ARGUMENTS[name]} is empty")
+        if value == "" and name not in _MAY_BE_EMPTY:
+            raise ValueError(f"--{name.replace('_', '-')} is empty; leave it out to run without")
 
 
 def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     if argv[:1] in (["-h"], ["--help"]):
-        rows = "\n".join(f"  {name:8} {command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items())
-        print(f"{__doc__}\nCommands (each has --help; without one: serve):\n{rows}")
+        rows = [f"  {name:8} {command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+        _say([*__doc__.splitlines(), "", "Commands (each has --help; without one: serve):", *rows])
         raise SystemExit(EXIT_OK)
     if argv[:1] == ["--version"]:
-        print(f"jobqueue {__version__}")
+        _say([f"jobqueue {__version__}"])
         raise SystemExit(EXIT_OK)
     if argv and argv[0][:1] != "-" and argv[0] not in COMMANDS:
         raise ValueError(f"unknown command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     name = argv[0] if argv and argv[0] in COMMANDS else "serve"
     command = COMMANDS[name]
-    parser = _Parser(
-        f"jobqueue.py {name}", description=command.run.__doc__, epilog=f"example: jobqueue.py {command.example}"
-    )
+    installed = os.path.basename(sys.argv[0]).removesuffix(".exe") == "jobqueue"
+    program = "jobqueue" if installed else "jobqueue.py"
+    example = f"example: {program} {command.example}"
+    parser = _Parser(f"{program} {name}", description=command.run.__doc__, epilog=example, allow_abbrev=False)
     command.flags(parser)
-    return command, parser.parse_args(argv[1:] if argv and argv[0] == name else argv)
+    arguments = parser.parse_args(argv[1:] if argv and argv[0] == name else argv)
+    _refuse_empty(arguments)
+    return command, arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     sys.modules.setdefault("jobqueue", sys.modules[__name__])  # whoever imports jobqueue gets this very module
-    codes = {
-        ValueError: EXIT_USAGE,
-        DataError: EXIT_DATA,
-        DiskError: EXIT_DISK,
-        Unreachable: EXIT_UNREACHABLE,
-        OSError: EXIT_USAGE,
-    }
+    codes = {ValueError: EXIT_USAGE, DataError: EXIT_DATA, DiskError: EXIT_DISK, OSError: EXIT_USAGE}
     try:
         command, arguments = _parse(sys.argv[1:] if argv is None else argv)
         return command.run(arguments)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
-        return EXIT_OK
     except KeyboardInterrupt:
         return 130
-    except Refused as error:
+    except Unwritten as error:
+        if error.closed:
+            return EXIT_OK
+        code, reason = EXIT_NO, error
+    except (Refused, Unreachable) as error:
         code, reason = error.code, error
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        if not hasattr(arguments, "url"):
-            raise
-        code, reason = EXIT_UNREACHABLE, f"{arguments.url} does not answer as a jobqueue server does ({error!r})"
     except tuple(codes) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         reason = error.strerror if isinstance(error, OSError) and error.filename is None and error.strerror else error
-    print(f"jobqueue: {reason}", file=sys.stderr)
+    _complain(f"jobqueue: {_plain(str(reason))}")
     return code
 
 

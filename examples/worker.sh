@@ -12,7 +12,8 @@
 #   JOBQUEUE_URL      where the server is (http://127.0.0.1:3000); JOBQUEUE_TOKEN: an access token, where it wants one
 #
 # A command that ends with another code than 0 fails its job, with the end of what it wrote to standard error as the
-# error; the server tries it again while attempts are left. SIGTERM and SIGINT let the running job finish.
+# error; the server tries it again while attempts are left. SIGTERM and SIGINT let the running job finish. A server that
+# is away is asked again; one that refuses this worker (a wrong token, queue or lease) ends it, with exit code 1.
 
 set -uo pipefail
 export LC_ALL=C # bytes, not characters
@@ -63,13 +64,29 @@ trap 'stopping=yes; [[ -z $polling ]] || kill "$polling"' TERM INT
 
 poll() { # the answer goes to $scratch/answer; empty where no job came within 20 s
     : >"$scratch/answer"
-    curl -sSf "${token[@]}" -o "$scratch/answer" "$server/poll?queue=$queue&wait=20&lease=$lease&worker=$HOSTNAME-$$" &
+    curl -sS "${token[@]}" -G -o "$scratch/answer" -w '%{http_code}' -d "wait=20&worker=$HOSTNAME-$$" \
+        --data-urlencode "queue=$queue" --data-urlencode "lease=$lease" "$server/poll" >"$scratch/status" &
     polling=$!
     [[ -z $stopping ]] || kill "$polling" # the signal came just before
     wait "$polling"
-    local code=$?
+    local code=$? status
     polling=''
-    return "$code"
+    ((code == 0)) || return "$code"
+    status=$(<"$scratch/status")
+    [[ $status != 20[04] ]] || return 0
+    if [[ $status == 4?? ]]; then # what it asks for, or its token, is wrong, and will be so next time
+        echo "the server refuses this worker: $status $(detail)" >&2
+        exit 1
+    fi
+    echo "poll: $status $(detail)" >&2
+    return 1
+}
+
+detail() { # of the problem in $scratch/answer; all of it, where somebody else than a jobqueue server answered
+    local answer
+    answer=$(<"$scratch/answer")
+    [[ $answer != *'"detail":"'* ]] || answer=${answer#*\"detail\":\"} answer=${answer%%\",\"*}
+    printf '%s' "$answer"
 }
 
 # say VERB QUERY FILE: tell the server about the job. Repeated until it has heard it, through a restart of the server

@@ -5,7 +5,8 @@
     python examples/worker_grpc.py --queue archive --folder files gzip -c   # the payload names a file in ./files
 
 It extends the lease while the command runs, kills the command when the job was cancelled or its lease is lost, and
-gets its next job with the answer to the last. SIGTERM and SIGINT let the running job finish.
+gets its next job with the answer to the last. SIGTERM and SIGINT let the running job finish. A server that is away is
+asked again; one that refuses this worker ends it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from worker_pb2_gen import worker_pb2 as pb  # noqa: E402
 from worker_pb2_gen.worker_pb2_grpc import WorkerServiceStub  # noqa: E402
 
 WAIT = 20  # seconds that a poll waits for a job
+# What it asks for, or who it is, is wrong, and will be so next time.
+REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 class Worker:
@@ -65,6 +68,8 @@ class Worker:
         except grpc.FutureCancelledError:
             return None
         except grpc.RpcError as error:
+            if error.code() in REFUSED:
+                raise SystemExit(f"the server refuses this worker: {error.details()}") from None
             if error.code() == grpc.StatusCode.UNAVAILABLE:  # the server restarts
                 time.sleep(1)
             elif error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED):

@@ -500,6 +500,52 @@ def test_a_tls_file_that_is_none_is_refused_before_anything_is_opened(setting, t
     assert not (tmp_path / "data").exists()
 
 
+def encrypted(key: Path, path: Path) -> Path:
+    """The same key behind a pass phrase."""
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    secret = serialization.load_pem_private_key(key.read_bytes(), None)
+    path.write_bytes(secret.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                          serialization.BestAvailableEncryption(b"secret")))
+    return path
+
+
+def test_the_command_line_says_by_its_flag_which_tls_file_is_wrong(tmp_path, certs, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cert, key, other = str(certs.server_cert), str(certs.server_key), str(certs.client_key)
+    locked = str(encrypted(certs.server_key, tmp_path / "locked.key"))
+    none = tmp_path / "none.pem"
+    none.write_text("nonsense")
+    wrong = {
+        ("/nowhere/c", key): "{cert} /nowhere/c: No such file or directory",
+        (cert, "/nowhere/k"): "{key} /nowhere/k: No such file or directory",
+        (str(none), key): f"{{cert}} {none} holds no certificate in PEM",
+        (cert, str(none)): f"{{key}} {none} holds no private key in PEM",
+        (cert, None): f"{{cert}} {cert} holds no key: give {{key}}",
+        (cert, other): f"cannot use {{cert}} {cert} with {{key}} {other}: key values mismatch",
+        (cert, locked): f"{{key}} {locked} is encrypted: give a key that has no pass phrase",
+    }
+    ours, theirs = ("--tls-cert", "--tls-key"), ("--cert", "--key-file")
+    for (cert_path, key_path), message in wrong.items():
+        for command, flags in ((["serve", "--port", "0", "--grpc-port", "off"], ours),
+                               (["stats", "--url", "https://localhost:1"], theirs)):
+            more = [flags[1], key_path] if key_path else []
+            assert jobqueue.main([*command, flags[0], cert_path, *more]) == 2
+            assert capsys.readouterr().err == f"jobqueue: {message.format(cert=flags[0], key=flags[1])}\n"
+    for arguments in (["serve", "--tls-cert", cert, "--tls-key", key, "--tls-client-ca"],
+                      ["stats", "--url", "https://localhost:1", "--ca"]):
+        for path, why in (("/nowhere/ca", ": No such file or directory"), (str(none), " holds no certificate in PEM")):
+            assert jobqueue.main([*arguments, path]) == 2
+            assert capsys.readouterr().err == f"jobqueue: {arguments[-1]} {path}{why}\n"
+    assert jobqueue.main(["--tokens", "/nowhere/tokens"]) == 2
+    assert capsys.readouterr().err == "jobqueue: --tokens /nowhere/tokens: No such file or directory\n"
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_empty_file_of_tokens_is_refused_and_does_not_open_the_server(tmp_path):
+    with pytest.raises(ValueError, match="tokens is empty"):
+        jobqueue.Server(data_dir=tmp_path / "data", tokens="", port=0, grpc_port=None)
+
+
 @pytest.mark.parametrize("wire", WORKERS)
 def test_tokens_are_wanted_over_tls_too(wire, tmp_path, certs):
     path = token_file(tmp_path / "tokens", "worker secret\n")

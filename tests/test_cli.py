@@ -9,10 +9,12 @@ import json
 import os
 import pty
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,12 @@ def spawn(url: str, *arguments: str, given: bytes = b"", **env: str) -> subproce
     """Run a command as a process, to its end."""
     command = [sys.executable, str(ROOT / "jobqueue.py"), *arguments]
     return subprocess.run(command, input=given, capture_output=True, env=environment(url, **env), timeout=60)
+
+
+def by_shell(url: str, arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """The same with what a shell has to say about standard input and output."""
+    return subprocess.run(["sh", "-c", f'"{sys.executable}" "{ROOT / "jobqueue.py"}" {arguments}'],
+                          env=environment(url), capture_output=True, timeout=60)
 
 
 @pytest.fixture
@@ -134,6 +142,12 @@ def work() -> Iterator[Callable[..., Working]]:
         worker.wait()
 
 
+def past_the_burst() -> None:
+    """Until a signal that comes now is no longer taken for the same wish as one that was heard before."""
+    heard = time.monotonic()
+    wait_until(lambda: time.monotonic() > heard + 0.6, what="the end of a burst of signals")
+
+
 def serve_one(server: ServerProcess, queue: str, result: bytes) -> Any:
     """Complete the next job of the queue, in the background."""
 
@@ -209,6 +223,29 @@ BAD = {
     "URL of another kind": (["stats", "--url", "ftp://localhost"], "ftp://localhost"),
     "URL without a scheme": (["stats", "--url", "localhost:3000"], "localhost:3000"),
     "URL with a port that is none": (["stats", "--url", "http://localhost:http"], ""),
+    "empty file of tokens": (["--tokens", ""], "--tokens is empty; leave it out to run without"),
+    "empty folder": (["serve", "--data-dir="], "--data-dir is empty"),
+    "empty host": (["--host", ""], "--host is empty"),
+    "empty switch": (["--insecure", ""], "--insecure is empty"),
+    "empty queue to work for": (["work", "--queue", "", "--", "cat"], "--queue is empty"),
+    "empty token": (["stats", "--token", ""], "--token is empty"),
+    "empty key": (["submit", "1", "--key", ""], "--key is empty"),
+    "empty file of jobs": (["submit", "--file", ""], "--file is empty"),
+    "empty id to show": (["jobs", ""], "JOB_ID is empty"),
+    "empty id to cancel": (["cancel", ""], "JOB_ID is empty"),
+    "empty id to requeue": (["requeue", "", "--status", "failed"], "JOB_ID is empty"),
+    "empty folder to check": (["check", ""], "DATA_DIR is empty"),
+    "setting out of range": (["--port", "70000"], "--port (JOBQUEUE_PORT) must be 0 to 65535"),
+    "setting of no choice": (["--fsync", "no"], "--fsync (JOBQUEUE_FSYNC) must be one of always"),
+    "abbreviated flag": (["jobs", "--stat", "failed"], "--stat"),
+    "work with a flag that does nothing": (["work", "--json", "--", "cat"], "--json"),
+    "work with a mistyped command": (["work", "--", "convrt"], "cannot run convrt: not found"),
+    "key that fits no header": (["submit", "1", "--key", "日"], "--key must be one line of Latin-1 characters"),
+    "type of two lines": (["submit", "1", "--content-type", "a\nb"], "--content-type must be one line"),
+    "token that fits no header": (["stats", "--token", "a\nb"], "--token (JOBQUEUE_TOKEN) must be one line"),
+    "key without a certificate to call with": (["stats", "--key-file", "k.pem"], "--key-file needs --cert"),
+    "certificate to call with that is not there": (
+        ["stats", "--url", "https://x", "--cert", "c.pem"], "--cert c.pem: No such file"),
     "token name with a line end": (["token", "--scope", "worker", "--name", "a\nadmin b"], "name"),
 }
 
@@ -232,6 +269,28 @@ def test_bad_input_is_one_line_that_says_what_is_wrong_and_exit_2(case, capsys, 
 def test_bad_input_to_a_process_is_one_line_and_exit_2():
     assert said(spawn(NOBODY, "submit", "1", "--priority", "12"), USAGE) == ""
     assert said(spawn(NOBODY, JOBQUEUE_LEASE="long"), USAGE) == ""  # a setting of serve, from the environment
+
+
+def test_an_error_names_the_variable_that_was_set():
+    done = spawn(NOBODY, PORT="http")
+    said(done, USAGE)
+    assert b"--port (PORT) must be a whole number" in done.stderr
+
+
+def test_a_closed_standard_input_is_exit_2(server):
+    for arguments in ("submit -", "submit --file -"):
+        done = by_shell(server.url, f"{arguments} <&-")
+        said(done, USAGE)
+        assert b"standard input is closed" in done.stderr
+
+
+def test_usage_has_the_name_of_the_installed_command(tmp_path):
+    """What pip makes of [project.scripts]."""
+    script = tmp_path / "jobqueue"
+    script.write_text("import sys\nfrom jobqueue import main\nsys.exit(main())\n")
+    environ = environment(NOBODY, PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, str(script), "jobs", "--help"], env=environ, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: jobqueue jobs ") and "example: jobqueue jobs" in done.stdout
 
 
 def test_a_server_that_cannot_be_reached_is_exit_69():
@@ -367,6 +426,35 @@ def test_a_large_file_shows_its_progress_on_a_terminal_and_is_whole(server, clie
     assert client.stats()["queues"][queue]["pending"] == 10_001
 
 
+def test_a_file_is_submitted_whole_when_the_reader_of_the_ids_goes_away(server, client, queue, tmp_path):
+    path = tmp_path / "many.ndjson"
+    path.write_text("".join(f"{number}\n" for number in range(10_001)))
+    command = [sys.executable, str(ROOT / "jobqueue.py"), "submit", "--file", str(path), "--queue", queue]
+    with subprocess.Popen(
+        command, env=environment(server.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert (process.returncode, errors) == (
+        NO, "jobqueue: standard output was closed; all 10001 jobs were submitted\n")
+    assert client.stats()["queues"][queue]["pending"] == 10_001
+
+
+@pytest.mark.parametrize("target, why", [(">&-", "was closed"), (">/dev/full", "failed: No space left on device")])
+def test_a_submit_that_cannot_print_says_what_was_submitted(server, client, queue, tmp_path, target, why):
+    (tmp_path / "two").write_text("1\n2\n")
+    done = by_shell(server.url, f"submit --file {tmp_path / 'two'} --queue {queue} {target}")
+    assert said(done, NO) == ""
+    assert done.stderr.decode() == f"jobqueue: standard output {why}; all 2 jobs were submitted\n"
+    assert client.stats()["queues"][queue]["pending"] == 2
+    done = by_shell(server.url, f"submit 3 --wait 0 --queue {queue} {target}")
+    assert said(done, NO) == ""
+    assert f"standard output {why}; job " in done.stderr.decode()
+    job_id = done.stderr.decode().split("; job ")[1].split()[0]
+    assert client.view(job_id)["payload"] == 3
+
+
 # -- looking and steering
 
 
@@ -382,6 +470,66 @@ def test_jobs_lists_newest_first_and_shows_one(server, client, queue, cli):
     lines = dict(line.split(None, 1) for line in said(cli(server.url, "jobs", ids[0])).splitlines())
     assert (lines["job_id"], lines["status"], lines["queue"]) == (ids[0], "pending", queue)
     assert json.loads(said(cli(server.url, "jobs", ids[0], "--json"))) == client.view(ids[0])
+
+
+STRANGE = {
+    "numbers and repeated members": (b'{"x":1,"x":2,"z":1.10,"y":1e400}', '{"x":1,"x":2,"z":1.10,"y":1e400}'),
+    "lone surrogate in a string": (b'"\\ud800 x"', "\\ud800 x"),
+    "lone surrogate in an object": (b'{"a":"\\ud800"}', '{"a":"\\ud800"}'),
+    "nested deeply": (b"[" * 50_000 + b"]" * 50_000, "[" * 50_000 + "]" * 50_000),
+    "what commands a terminal": (b"\x1b[2J\r\n\xc2\x9bm", "\\u001b[2J\\r\\n\\u009bm"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_job_is_shown_as_it_is_raw_for_scripts_and_in_plain_lines_for_people(server, client, queue, cli, case):
+    data, shown = STRANGE[case]
+    job_id = client.put(data, queue=queue)
+    client.call("GET", "/api/worker/poll", queue=queue)
+    client.call("POST", f"/api/worker/complete/{job_id}", data)
+    answer = client.call("GET", f"/api/jobs/{job_id}").body
+    assert cli(server.url, "jobs", job_id, "--json").stdout == answer + b"\n"
+    lines = dict(line.split(None, 1) for line in said(cli(server.url, "jobs", job_id)).split("\n") if line)
+    assert (lines["payload"], lines["result"]) == (shown, shown)
+
+
+def test_a_job_is_shown_on_a_terminal_of_ascii_alone(server, client, queue):
+    job_id = client.put("für".encode(), queue=queue)
+    assert "f\\xfcr" in said(spawn(server.url, "jobs", job_id, PYTHONIOENCODING="ascii"))
+
+
+def test_what_a_worker_says_cannot_command_the_terminal_of_who_reads_it(server, client, queue, cli):
+    submitting = later(spawn, server.url, "submit", "1", "--queue", queue)
+    worker = WorkerOverHttp(server)
+    job = worker.poll(queue=queue, wait=20)
+    worker.fail(job, "no\n\x1b]0;such", retry=False)
+    done = submitting.result(20)
+    said(done, NO)
+    assert b"no\\n\\u001b]0;such" in done.stderr and b"\x1b" not in done.stderr
+    assert "no\\n\\u001b]0;such" in said(cli(server.url, "jobs", job.id))
+
+
+def test_jobs_in_json_are_none_where_there_is_none_and_running_means_processing(server, client, queue, cli):
+    assert said(cli(server.url, "jobs", "--queue", queue, "--json")) == ""
+    job_id = client.put(queue=queue)
+    assert said(cli(server.url, "jobs", "--queue", queue, "--status", "running")) == ""
+    WorkerOverHttp(server).poll(queue=queue)
+    assert said(cli(server.url, "jobs", "--queue", queue, "--status", "running")).split()[0] == job_id
+
+
+def test_stats_tells_what_is_paused_and_keeps_its_columns(process, cli):
+    server = process("--grpc-port", "off")
+    client, long = Client(server), "q" * 64
+    for name in ("short", long):
+        client.put(queue=name)
+    said(cli(server.url, "pause", "--queue", long))
+    head, *rows, waiting = said(cli(server.url, "stats")).splitlines()
+    assert [row.split("  ")[0].rstrip() for row in rows] == ["(all)", f"{long} (paused)", "short"]
+    ends = [row.index(" 1 ") for row in rows[1:]]
+    assert ends == [head.index("pending") + len("pending") - 2] * 2
+    assert waiting.startswith("waiting: ")
+    said(cli(server.url, "pause"))
+    assert said(cli(server.url, "stats")).splitlines()[-2:] == [waiting, "paused: all"]
 
 
 def test_stats_shows_each_queue_and_the_sum(server, client, queue):
@@ -479,6 +627,11 @@ def test_a_damaged_journal_is_exit_3_with_file_and_offset_for_check_and_serve(jo
     assert errors.count("\n") == 1 and str(journal) in errors
     line = data.rindex(b"\n", 0, where) + 1
     assert str(line) in errors, f"the damaged line begins at {line}"
+    # The command that it names shows what stands before the damage.
+    words = shlex.split(errors.split("look at it with: ")[1])
+    assert words[:2] == ["python", "jobqueue.py"]
+    assert jobqueue.main(words[2:]) == DATA
+    assert capsys.readouterr().out.count("\n") > 0
     done = spawn(NOBODY, "--data-dir", str(journal.parent), "--port", "0", "--grpc-port", "off")
     assert said(done, DATA) == ""
     assert str(journal).encode() in done.stderr and b"%d" % line in done.stderr
@@ -514,6 +667,51 @@ def test_an_empty_variable_is_as_good_as_none(tmp_path):
     server = start_server(tmp_path, "--grpc-port", "off", env=empty)
     assert "fsync=always" in server.log()
     assert server.stop() == OK
+
+
+def test_a_variable_that_sets_nothing_is_warned_of_at_the_start(tmp_path):
+    env = {"JOBQUEUE_TOKNS": "/etc/tokens", "JOBQUEUE_URL": "http://x", "JOBQUEUE_KEY_FILE": "k", "JOBQUEUE_LEASE": "9",
+           "JOBQUEUE_EMPTY": ""}
+    server = start_server(tmp_path, "--grpc-port", "off", env=env)
+    warnings = [line for line in server.log().splitlines() if " WARNING " in line]
+    assert len(warnings) == 1 and "JOBQUEUE_TOKNS" in warnings[0]
+
+
+def send_at_once(process: subprocess.Popen, *signals: int) -> None:
+    """All of them are there when the process looks next."""
+    for number in (signal.SIGSTOP, *signals, signal.SIGCONT):
+        process.send_signal(number)
+
+
+def test_two_signals_at_once_are_one_wish_to_the_server(tmp_path):
+    """As from `timeout`, which signals its command and then its command's group."""
+    server = start_server(tmp_path, "--grpc-port", "off", "--drain", "600")
+    client, worker = Client(server), WorkerOverHttp(server)
+    held = client.hold()
+    job = worker.poll()
+    send_at_once(server.process, signal.SIGTERM, signal.SIGINT)
+    line = server.wait_log(r"stopping .*")[0]
+    assert line == "stopping drain=600 running=1: a second signal ends the wait"
+    past_the_burst()
+    worker.complete(job, b"1")
+    assert held.result(10).json()["payload"] == 1
+    assert server.wait(10) == OK
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_signals_without_end_do_not_change_the_exit_code(tmp_path, before):
+    """The interpreter's last moments included, in which it gives up the handlers."""
+    server = start_server(tmp_path, "--grpc-port", "off", "--drain", "600")
+    if before:
+        client = Client(server)
+        client.hold()
+        WorkerOverHttp(server).poll(wait=20)
+        server.terminate()
+        server.wait_log("stopping ")
+        past_the_burst()
+    while server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == OK
 
 
 def test_a_setting_is_taken_from_the_environment_and_a_flag_wins(tmp_path):
@@ -611,12 +809,69 @@ def test_any_other_exit_fails_for_good_with_the_end_of_stderr(server, client, qu
     assert client.view(killed)["error"] == "sh ended with -9"
 
 
-def test_a_command_that_is_not_there_is_told_and_the_job_is_tried_again(server, client, queue, work):
+def test_a_command_that_is_not_there_is_exit_2_and_no_job_is_touched(server, client, queue):
     job_id = client.put(queue=queue)
-    worker = work(server.url, "--queue", queue, "--", "/nowhere/command")
-    client.wait_status(job_id, "delayed")
-    assert "/nowhere/command" in client.view(job_id)["error"]
-    assert worker.process.poll() is None
+    for command in ("convrt", "/nowhere/command"):
+        done = spawn(server.url, "work", "--queue", queue, "--", command)
+        said(done, USAGE)
+        assert f"cannot run {command}: not found" in done.stderr.decode()
+    done = spawn(server.url, "work", "--queue", queue, "--", str(ROOT / "README.md"))
+    said(done, USAGE)
+    assert b"not executable" in done.stderr
+    assert (client.status(job_id), client.view(job_id)["deliveries"]) == ("pending", 0)
+
+
+def test_a_command_that_can_no_longer_be_run_ends_the_worker_and_its_job_goes_back_in_line(
+    server, client, queue, work, room
+):
+    script = room / "script"
+    script.write_text("#!/bin/sh\ncat\n")
+    script.chmod(0o755)
+    worker = work(server.url, "--queue", queue, "--concurrency", "2", "--", str(script))
+    client.wait_status(client.put(queue=queue), "completed")
+    script.write_text("#!/nowhere/sh\n")
+    job_id = client.put(queue=queue)
+    assert worker.wait() == USAGE
+    assert worker.log().splitlines()[-1].startswith(f"jobqueue: cannot run {script}: No such file")
+    job = client.view(job_id)
+    assert (job["status"], job["attempt"]) == ("pending", 1), "it was no failed attempt"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much an environment holds differs")
+def test_a_job_whose_headers_fit_no_environment_fails_and_the_worker_goes_on(process, work):
+    server = process("--max-headers", "400000", "--grpc-port", "off")
+    client = Client(server)
+    work(server.url, "--", "cat")
+    job_id = client.put(b"1", {"X-Large": "x" * 200_000})
+    client.wait_status(job_id, "failed")
+    assert client.view(job_id)["error"] == "cannot run cat: Argument list too long"
+    client.wait_status(client.put(b"2"), "completed")
+
+
+def test_the_log_says_why_an_attempt_failed_and_whether_there_is_another(server, client, queue, work):
+    script = 'echo first >&2; printf "%s" "$(cat)" >&2; printf "\\033[2J%0400d" 1 >&2; exit $JOB_HEADER_X_CODE'
+    worker = work(server.url, "--queue", queue, "--", "sh", "-c", script)
+    failed = client.put(b"broken: ", {"X-Code": "3"}, queue=queue)
+    retried = client.put(b"busy: ", {"X-Code": "75"}, queue=queue)
+    worker.wait_log(f"WARNING job_failed job={failed} reason=broken: \\u001b[2J000")
+    worker.wait_log(f"WARNING job_retried job={retried} reason=busy: \\u001b[2J000")
+    assert "first" not in worker.log() and max(map(len, worker.log().splitlines())) < 450
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to see whether a process is gone")
+def test_what_a_command_leaves_in_the_background_does_not_hold_its_job_up(server, client, queue, work, room):
+    """Ended with its process group, or, where it has left the group, left alone."""
+    work(server.url, "--queue", queue, "--", "sh", "-c", 'sleep 1000 & echo $! > new; mv new pid; echo done')
+    assert client.submit(b"x", queue=queue, wait=20).json()["payload"] == "done\n"
+    pid = int((room / "pid").read_text())
+    wait_until(lambda: gone(pid), 10, "the end of what was left running")
+    other = queue[:30] + "-other"
+    script = 'setsid sleep 30 & echo $! > new; mv new pid2; head -c 200000 /dev/zero; exit 0'
+    work(server.url, "--queue", other, "--", "sh", "-c", script)
+    job_id = client.put(b"x" * 1_000_000, queue=other)
+    client.wait_status(job_id, "completed")
+    assert client.result(job_id) == bytes(200_000)
+    os.kill(int((room / "pid2").read_text()), signal.SIGKILL)
 
 
 def test_the_environment_tells_the_job_and_its_headers(server, client, queue, work):
@@ -702,6 +957,18 @@ def test_sigterm_lets_the_running_one_finish_and_takes_no_other(server, client, 
     assert (client.status(first), client.status(second)) == ("completed", "pending")
 
 
+def test_two_signals_at_once_are_one_wish_to_a_worker(server, client, queue, work, room):
+    job_id = client.put(queue=queue)
+    worker = work(server.url, "--queue", queue, "--", "sh", "-c", WAIT_FOR_GO)
+    wait_until(lambda: (room / "started").exists())
+    send_at_once(worker.process, signal.SIGTERM, signal.SIGINT)
+    worker.wait_log("stopping: what runs")
+    past_the_burst()
+    (room / "go").touch()
+    assert worker.wait() == OK
+    assert client.status(job_id) == "completed"
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_what_runs_and_its_job_goes_back_in_line(server, client, queue, work, room, how):
     job_id = client.put(queue=queue)
@@ -709,6 +976,7 @@ def test_a_second_signal_ends_what_runs_and_its_job_goes_back_in_line(server, cl
     wait_until(lambda: (room / "pid").exists())
     worker.process.send_signal(how)
     worker.wait_log("stopping: what runs")
+    past_the_burst()
     worker.process.send_signal(how)
     assert worker.wait(10) == OK
     assert client.status(job_id) == "pending"
@@ -726,6 +994,7 @@ def test_a_worker_whose_server_is_away_can_be_stopped(tmp_path, work, room):
     worker.wait_log("not_handed_in")
     worker.terminate()
     worker.wait_log("stopping: what runs")
+    past_the_burst()
     worker.terminate()
     assert worker.wait(10) == OK
 
@@ -817,7 +1086,7 @@ class Service(http.server.BaseHTTPRequestHandler):
         if body == b"hang":
             self.server.let_go.wait(60)
         body = self.server.answer or body
-        status = int(body[7:]) if body.startswith(b"status ") else 200
+        status = int(body.split()[1]) if body.startswith(b"status ") else 200
         self.send_response(status)
         self.send_header("Content-Type", "application/x-test")
         if status == 503:
@@ -905,18 +1174,40 @@ def test_forward_lets_go_of_a_service_that_does_not_answer_when_the_job_is_cance
     client.wait_status(after, "completed")
 
 
-def test_what_is_no_jobqueue_server_is_told_in_one_line(service, cli):
-    """Somebody else's port: a web server, another API."""
-    for body in (b"{}", b"[]", b"<html>"):
-        service.answer = body
-        for command in (["stats"], ["jobs"], ["jobs", "x"], ["submit", "1"], ["submit", "--file", "-"], ["cancel", "x"],
-                        ["pause"]):
-            done = cli(service.url, *command, given=b"1\n")
-            errors = done.stderr.decode()
-            if done.returncode == OK and command == ["jobs", "x"]:
-                continue  # it shows what it was given
-            assert done.returncode in (NO, USAGE, UNREACHABLE), (command, body, done)
-            assert errors.count("\n") == 1 and "Traceback" not in errors, (command, body, errors)
+NOT_OURS = {
+    "{}": 200, "[]": 200, "null": 200, "<html>\n<p>no": 200, "status 502 <html>\n<p>no": 502, "status 404 {}": 404,
+    "status 503": 503, "status 301 moved": 301,
+}
+
+
+@pytest.mark.parametrize("answer", NOT_OURS)
+def test_what_is_no_jobqueue_server_is_told_in_one_line_and_exit_69(service, cli, answer):
+    """Somebody else's port, or a proxy whose server is away."""
+    service.answer = answer.encode()
+    for command in (["stats"], ["jobs"], ["jobs", "x"], ["submit", "1"], ["submit", "--file", "-"], ["cancel", "x"],
+                    ["pause"], ["requeue", "x"]):
+        done = cli(service.url, *command, given=b"1\n")
+        said(done, UNREACHABLE)
+        told = f"jobqueue: {service.url} answered {NOT_OURS[answer]}, and not as a jobqueue server does"
+        assert done.stderr.decode().startswith(told)
+
+
+def test_a_worker_that_breaks_ends_with_a_message_and_not_unseen(service, work):
+    """What it polls has an id that no URL can have."""
+    service.answer = json.dumps({
+        "job_id": "ü", "payload": 1, "headers": {}, "queue": "q", "attempt": 1, "lease_token": "t", "lease_seconds": 9,
+    }).encode()
+    worker = work(service.url, "--concurrency", "2", "--", "cat")
+    assert worker.wait() == NO
+    assert worker.log().splitlines()[-1].startswith("jobqueue: a worker ended: UnicodeEncodeError")
+
+
+def test_a_worker_waits_for_a_server_that_a_proxy_says_is_away(service, work):
+    service.answer = b"status 502 <html>"
+    worker = work(service.url, "--", "cat")
+    worker.wait_log("answered 502, and not as a jobqueue server does: trying again")
+    worker.terminate()
+    assert worker.wait() == OK
 
 
 class NoQueue(Service):
@@ -940,7 +1231,7 @@ def test_a_worker_whose_server_is_none_says_so_and_goes_on_trying_until_it_is_st
     worker.terminate()
     assert worker.wait() == OK
     assert "Traceback" not in worker.log()
-    assert worker.log().count("it does not answer as a jobqueue server does") >= 4
+    assert worker.log().count("and not as a jobqueue server does") >= 4
 
 
 # -- tokens and the command line
@@ -955,7 +1246,9 @@ def test_a_command_sends_its_token_and_a_worker_that_is_refused_ends_with_1(proc
     client, worker = (line.split()[1] for line in lines)
     assert said(spawn(server.url, "submit", "1", "--wait", "0", JOBQUEUE_TOKEN=client))
     said(spawn(server.url, "submit", "1", "--wait", "0", "--token", worker), NO)
-    said(spawn(server.url, "submit", "1", "--wait", "0"), NO)
+    done = spawn(server.url, "submit", "1", "--wait", "0")
+    said(done, NO)
+    assert b"(--token or JOBQUEUE_TOKEN)" in done.stderr
     done = spawn(server.url, "work", "--concurrency", "3", "--", "cat")
     assert done.returncode == NO
     assert b"Traceback" not in done.stderr and b"Authorization" in done.stderr

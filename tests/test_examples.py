@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,6 +211,55 @@ def test_an_idle_worker_stops_at_once(server, run, example):
     worker.terminate()
     assert worker.wait(5) == 0
     wait_until(lambda: client.stats()["waiting_workers"] == 0, timeout=3)
+
+
+REFUSED = {
+    "a bad queue": ({"queue": "a b"}, "a b"),
+    "a bad lease": ({"lease": 100_000}, "100000"),
+}
+
+
+@pytest.mark.parametrize("example", [BASH, GRPC])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_worker_that_is_refused_says_why_in_one_line_and_ends(server, run, example, case):
+    given, names = REFUSED[case]
+    worker = run(example, *options(example, **given), "cat")
+    assert worker.wait(20) == 1
+    errors = worker.stderr.read().decode()
+    assert errors.startswith("the server refuses this worker: ") and errors.count("\n") == 1, errors
+    assert names in errors
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A server that wants a token of its workers."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("worker secret\nclient weak\n")
+    tokens.chmod(0o600)
+    with jobqueue.Server(data_dir=tmp_path / "closed", port=0, grpc_port=0, tokens=str(tokens)) as server:
+        yield server
+        server.stop(drain=0)
+
+
+def test_a_worker_without_a_token_that_will_do_says_so_and_ends(closed, run):
+    for token, why in (("", "401 send 'Authorization: Bearer TOKEN'"), ("weak", "403 this needs a token of scope")):
+        worker = run(BASH, "cat", JOBQUEUE_URL=closed.url, JOBQUEUE_TOKEN=token)
+        assert worker.wait(20) == 1
+        assert worker.stderr.read().decode().startswith(f"the server refuses this worker: {why}")
+    worker = run(GRPC, "--target", f"127.0.0.1:{closed.grpc_port}", "cat")
+    assert worker.wait(20) == 1
+    assert worker.stderr.read().decode().startswith("the server refuses this worker: send 'Authorization: ")
+
+
+def test_the_bash_worker_of_the_readme_ends_with_the_servers_words_where_it_is_refused(closed, tmp_path):
+    if not all(map(shutil.which, ("bash", "curl", "jq"))):
+        pytest.skip("needs bash, curl and jq")
+    (block,) = re.findall(r"```bash\n(# worker\.sh: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "worker.sh"
+    script.write_text(block.replace("http://localhost:3000", closed.url))
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("send 'Authorization: Bearer TOKEN'") and done.stderr.count("\n") == 1
 
 
 def test_the_bash_worker_is_told_how_it_is_used(run):

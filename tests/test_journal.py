@@ -1168,13 +1168,16 @@ def test_a_pause_in_the_work_writes_the_watermark_so_that_a_later_flip_is_found(
 
 @contextmanager
 def full_disk(queue: Queue, room: int) -> Iterator[None]:
-    """The file may grow by `room` bytes and no more: what is longer is written short, then refused with EFBIG."""
+    """The file may grow by `room` bytes and no more: what is longer is written short, then refused with EFBIG. No
+    compaction makes room meanwhile."""
+    queue.engine._compact_again = float("inf")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (queue.engine.journal.size + room, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        queue.engine._compact_again = 0.0
 
 
 def everything(queue: Queue) -> tuple:
