@@ -92,7 +92,7 @@ log.addHandler(logging.NullHandler())
 # One table makes the flags, the environment variables, the help text and the arguments of Server.
 
 
-_PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?", re.ASCII)  # 1e-05, as programs write it
 
 
 def _number(kind: type, low: float, high: float) -> Callable[[str, Any], Any]:
@@ -194,9 +194,9 @@ SETTINGS = (
     Setting("max_batch", COUNT, 16 * MIB, "bytes of a body that holds many payloads"),
     Setting("max_request_line", COUNT, 8 * KIB, "bytes of an HTTP request line"),
     Setting("max_headers", COUNT, 32 * KIB, "bytes of the headers of a request"),
-    Setting("max_connections", COUNT, 4096, "connections at the same time"),
+    Setting("max_connections", COUNT, 4096, "connections at the same time; fewer where ulimit -n is too low for them"),
     Setting(
-        "max_held", COUNT, 3072, "clients held at the same time; keep it below --max-connections, workers need room"
+        "max_held", COUNT, 3072, "clients held at the same time; fewer where --max-connections leaves workers no room"
     ),
     Setting("max_jobs", COUNT, 2_000_000, "unfinished jobs in all queues"),
     Setting("max_bytes", COUNT, 1024 * MIB, "bytes of all unfinished jobs"),
@@ -536,47 +536,108 @@ def _is_json(text: str) -> bool:
     except ValueError:
         return False
     except RecursionError:
-        end = _deep_end(text, 0)
-        return end >= 0 and not text[end:].strip(" \t\n\r")
+        return _is_deep_json(text)
 
 
-_JSON_TOKEN = re.compile(
-    r'[ \t\n\r]*(?:(?P<mark>[\[\]{},:])|(?P<string>"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4}))*")'
-    r"|(?P<other>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null))"
-)
-# What may follow: state -> kind of token -> next state; `up` and `down` open and close a nesting.
-_VALUE = {"string": "after", "other": "after", "[": "up", "{": "up"}
-_JSON_STATES = {
-    "value": _VALUE,
-    "first value": {**_VALUE, "]": "down"},
-    "key": {"string": "colon"},
-    "first key": {"string": "colon", "}": "down"},
-    "colon": {":": "value"},
-    "after": {",": "more", "]": "down", "}": "down"},
-}
+# What follows is for JSON nested deeper than Python's parser can follow. A loop over its tokens would stop everybody
+# else for seconds; so each step below runs over all of it at C's speed.
+_NOT_IN_JSON = bytes({*range(32)} - {*b"\t\n\r"})  # \0, \1 and \2 are free to stand for something, then
+_ESCAPES = (rb"\\", rb"\"", rb"\/", rb"\b", rb"\f", rb"\n", rb"\r", rb"\t")  # \\ first: what it ends escapes nothing
+_ESCAPED_CODE = re.compile(rb"\\u[0-9A-Fa-f]{4}")
+_LONG_NUMBER = re.compile(rb"[0-9](?=[0-9.eE])(?:(?<!0)[0-9]*)?(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+# In two steps, each mark becomes one of: o opens a nesting, c closes one, a comma, 0 (a value), ! (misplaced).
+_SHAPES = bytes.maketrans(b"[(,;0]}{k:", b"oo,,0cc!!!")
+_MISPLACED = (b"!", b"oc", b"o,", b",c", b",,", b"0o", b"00", b"co", b"c0")
+_CLOSING = bytes.maketrans(b"[{", b"]}")
+_NESTING = re.compile(rb"([\[{]*)([\]}]*)")
+
+
+def _is_deep_json(text: str) -> bool:
+    """Is it a JSON array or object, however deep?"""
+    data = text.encode()
+    if len(data.translate(None, _NOT_IN_JSON)) < len(data):
+        return False
+    if b"\\" in data:
+        for escape in _ESCAPES:
+            data = data.replace(escape, b"\0")
+        data = _ESCAPED_CODE.sub(b"\0", data)
+    parts = data.split(b'"')  # every other one is a string
+    if len(parts) % 2 == 0 or len((strings := b"".join(parts[1::2])).translate(None, b"\\\t\n\r")) < len(strings):
+        return False
+    data = b"\1".join(parts[::2])  # a string is \1 now; next, true, false and null are \2, numbers and digits 0
+    data = data.replace(b"true", b"\2").replace(b"false", b"\2").replace(b"null", b"\2")
+    data = _LONG_NUMBER.sub(b"0", data).translate(_DIGITS).replace(b"-0", b"0")
+    data = data.translate(None, b" \t\n\r")
+    return not data.translate(None, b"[]{},:0\1\2") and _is_ordered(data)
+
+
+def _is_ordered(marks: bytes) -> bool:
+    """Does each mark of a JSON text stand where it may? An opening brace with a key is ( here, a comma with one ;."""
+    marks = marks.replace(b"\1:", b"k").replace(b"\1", b"0").replace(b"\2", b"0")
+    marks = marks.replace(b"{k", b"(").replace(b",k", b";").replace(b"[]", b"0").replace(b"{}", b"0")
+    shape = marks.translate(_SHAPES)
+    if any(pair in shape for pair in _MISPLACED):
+        return False
+    # A comma ends one member of what it stands in and begins the next: so a comma that stands in the wrong kind of
+    # nesting shows as a bracket that does.
+    marks = marks.translate(None, b"0").replace(b",", b"][").replace(b";", b"}{").replace(b"(", b"{")
+    return _is_nested(marks)
+
+
+def _is_nested(brackets: bytes) -> bool:
+    size = 0
+    while len(brackets) != size:
+        size = len(brackets)
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if len(brackets) > 0.9 * size:  # few are left that stand beside each other
+            break
+    opened = bytearray()
+    for opening, closing in (run.groups() for run in _NESTING.finditer(brackets)):
+        opened += opening
+        if closing:
+            if opened[-len(closing) :].translate(_CLOSING)[::-1] != closing:
+                return False
+            del opened[-len(closing) :]
+    return not opened
+
+
+# Where one ends among others is found by depth: most stretches are only counted, the last is gone through.
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_SOME_PARTS = re.compile(rf'(?:[^"]{{1,256}}|{_STRING}){{1,32}}', re.DOTALL)
+_QUOTED = re.compile(_STRING, re.DOTALL)
+_BRACKETS = re.compile(rf"{_STRING}|[\[\]{{}}]", re.DOTALL)
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_STEPS = bytes(_STEP.get(chr(byte), 0) % 256 for byte in range(256))
 
 
 def _deep_end(text: str, at: int) -> int:
-    """Where the JSON value at `at` ends; -1: it is none. For what is nested deeper than Python's parser can follow."""
-    state, nesting = "value", []
-    while match := _JSON_TOKEN.match(text, at):
-        at = match.end()
-        token = match["mark"] or match.lastgroup
-        state = _JSON_STATES[state].get(token)
-        if state == "up":
-            nesting.append("]" if token == "[" else "}")
-            state = "first value" if token == "[" else "first key"
-        elif state == "down":
-            if nesting.pop() != token:
-                return -1
-            state = "after"
-        elif state == "more":
-            state = "value" if nesting[-1] == "]" else "key"
-        elif state is None:
-            return -1
-        if state == "after" and not nesting:
-            return at
+    """Where the JSON array or object at `at` ends; -1: it is none."""
+    depth, start = 0, at
+    while some := _SOME_PARTS.match(text, start):
+        brackets = _QUOTED.sub("", some[0])
+        up = brackets.count("[") + brackets.count("{")
+        down = brackets.count("]") + brackets.count("}")
+        if down >= depth and _lowest(brackets) <= -depth:
+            end = _closed_at(text, start, depth)
+            return end if _is_deep_json(text[at:end]) else -1
+        depth, start = depth + up - down, some.end()
     return -1
+
+
+def _lowest(brackets: str) -> int:
+    """How far these brackets lead down from where they begin, as a number below 0."""
+    steps = array.array("b", brackets.encode("ascii", "replace").translate(_STEPS))
+    return min(itertools.accumulate(steps), default=1)
+
+
+def _closed_at(text: str, start: int, depth: int) -> int:
+    """Where a nesting that is `depth` deep at `start` is closed."""
+    for mark in _BRACKETS.finditer(text, start):
+        depth += _STEP.get(mark[0], 0)
+        if depth == 0 and mark[0] in "]}":
+            return mark.end()
+    return start
 
 
 _quote = json.encoder.encode_basestring  # a text as a JSON string, in Unicode
@@ -2989,6 +3050,7 @@ SCOPES = ("client", "worker", "admin")
 # In one batch; more would hold up everybody else for more than a second (results for half of one).
 MAX_LINES = 50_000
 MAX_RESULTS = 10_000
+MAX_ERROR = 65536  # characters of a worker's error
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+([ \t]*;[\x20-\x7e]*)?")
 
@@ -3005,8 +3067,14 @@ def _queue(name: str, given: str) -> str:
     return given
 
 
+_queue.schema = {"type": "string", "pattern": f"^{_QUEUE.pattern}$"}
+
+
 def _queues(name: str, given: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_queue(name, part) for part in given.split(",")))
+
+
+_queues.schema = {"type": "string", "pattern": f"^{_QUEUE.pattern}(,{_QUEUE.pattern})*$"}
 
 
 def _label(name: str, given: str) -> str:
@@ -3015,9 +3083,15 @@ def _label(name: str, given: str) -> str:
     return given
 
 
+# No pattern that every reader knows says what is printable in Unicode: this much is promised, and more is taken.
+_label.schema = {"type": "string", "maxLength": 200, "pattern": "^[ -~\u00a1-\u00ac\u00ae-\u0377]*$"}
+
+
 def _true(name: str, given: str) -> bool:
     return _choice("true", "false")(name, given) == "true"
 
+
+_true.schema = {"type": "boolean"}
 
 _WAIT = _number(float, 0, 300)
 _DELAY = _number(float, 0, 30 * DAY)
@@ -3104,10 +3178,10 @@ class JobService:
         self.access = Access(settings.tokens)
         self.started = clock.monotonic()
 
-    def check_size(self, data: bytes, what: str = "body") -> None:
+    def check_size(self, data: bytes, what: str = "body", job_id: str | None = None) -> None:
         if len(data) > self.settings.max_payload:
-            limit = self.settings.max_payload
-            raise JobQueueError("payload_too_large", f"the {what} has {len(data)} bytes; at most {limit} are taken")
+            detail = f"the {what} has {len(data)} bytes; at most {self.settings.max_payload} are taken"
+            raise JobQueueError("payload_too_large", detail, job_id)
 
     def terms(self, headers: str, options: dict[str, Any], key: str | None = None) -> Terms:
         """The terms of a submission. `options` as SUBMIT_PARAMETERS."""
@@ -3148,16 +3222,17 @@ class JobService:
         """Future of a list of Outcome or JobQueueError, in order of (job_id, token, result, content_type)."""
         if len(results) > MAX_RESULTS:
             raise JobQueueError("invalid_request", f"a batch has at most {MAX_RESULTS} results, got {len(results)}")
-        for _, _, data, _ in results:
-            self.check_size(data, "result")
+        for job_id, _, data, _ in results:
+            if len(data) > self.settings.max_payload:
+                self.check_size(data, f"result of job {job_id:.100}", job_id)
         return self.engine.complete_many(
             [(job_id, token, *self._result(data, kind)) for job_id, token, data, kind in results]
         )
 
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
-        """Future of an Outcome."""
+        """Future of an Outcome; of a long error the end is kept, where a traceback says what happened."""
         self.check_size(error.encode())
-        return self.engine.fail(job_id, token, error[:65536], retry is not False, delay)
+        return self.engine.fail(job_id, token, error[-MAX_ERROR:], retry is not False, delay)
 
     def requeue_all(self, state: str, queue: str | None) -> tuple[int, str | None]:
         """Requeue all jobs in that final state, a page at a time, so that the queue goes on meanwhile. How many, and
@@ -3220,7 +3295,7 @@ class Route(NamedTuple):
     scope: str | None  # None: open to all
     summary: str
     parameters: dict[str, tuple[Callable, str]] = {}
-    body: str | None = None  # payload, batch or none: which limit holds
+    body: str | None = None  # payload or batch: which limit holds; None: it takes no body
     slow: bool = False  # may take a while: gets a thread of its own
 
 
@@ -3510,7 +3585,7 @@ class HttpApi:
 
     def fail(self, request: Request) -> Later:
         get = request.parameters.get
-        error = request.body.decode(errors="replace")[: 64 * KIB]
+        error = request.body[-4 * MAX_ERROR :].decode(errors="replace")  # no character has more bytes
         future = self._service.fail(request.job_id, request.token, error, get("retry"), get("delay"))
         return Later(future, self._failed)
 
@@ -3603,7 +3678,28 @@ def _from_base64(encoding: str, data: bytes) -> bytes:
     raise JobQueueError("invalid_request", "with payload_encoding base64 the payload is a string of base64")
 
 
-_RESULT_MEMBERS = frozenset(("job_id", "lease_token", "payload", "payload_encoding", "content_type"))
+_BASE64 = {"type": "string", "pattern": "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"}
+_RESULT_SCHEMA = {
+    "type": "object",
+    "required": ["job_id"],
+    "properties": {
+        "job_id": {"type": "string", "minLength": 1},
+        "lease_token": {"type": ["string", "null"]},
+        "payload": {},
+        "payload_encoding": {"enum": ["base64", None]},
+        "content_type": {"type": ["string", "null"]},
+    },
+    "additionalProperties": False,
+    "if": {"required": ["payload_encoding"], "properties": {"payload_encoding": {"const": "base64"}}},
+    "then": {"required": ["payload"], "properties": {"payload": _BASE64}},
+}
+_BATCH_SCHEMA = {
+    "type": "object",
+    "required": ["results"],
+    "properties": {"results": {"type": "array", "items": _RESULT_SCHEMA, "maxItems": MAX_RESULTS}},
+    "additionalProperties": False,
+}
+_RESULT_MEMBERS = frozenset(_RESULT_SCHEMA["properties"])
 _RESULT = f"a result is an object of {', '.join(sorted(_RESULT_MEMBERS))}, all but the payload strings"
 _BLANK = re.compile(r"[ \t\n\r]*")
 # A member's name and, where it is a string without escapes, its value and what follows it.
@@ -3773,9 +3869,8 @@ ROUTES = (
         "worker",
         "Give a job back, uncounted",
         TOKEN_PARAMETER,
-        "payload",
     ),
-    Route("POST", "/api/worker/extend/{job_id}", "extend", "worker", "Keep a job for longer", _EXTEND, "payload"),
+    Route("POST", "/api/worker/extend/{job_id}", "extend", "worker", "Keep a job for longer", _EXTEND),
     Route("GET", "/api/admin/stats", "stats", "admin", "Counts by state and queue", slow=True),
     Route("DELETE", "/api/admin/clear", "clear", "admin", "Forget all jobs", slow=True),
     Route(
@@ -3786,9 +3881,9 @@ ROUTES = (
         "The job that is handed out next",
         {"queue": (_queues, "queues, comma-separated, in order; default: default")},
     ),
-    Route("POST", "/api/admin/pause", "pause", "admin", "Hand nothing out", QUEUE_PARAMETER, "payload"),
-    Route("POST", "/api/admin/resume", "resume", "admin", "Hand out again", QUEUE_PARAMETER, "payload"),
-    Route("POST", "/api/admin/requeue/{job_id}", "requeue", "admin", "Put a job back in line", {}, "payload"),
+    Route("POST", "/api/admin/pause", "pause", "admin", "Hand nothing out", QUEUE_PARAMETER),
+    Route("POST", "/api/admin/resume", "resume", "admin", "Hand out again", QUEUE_PARAMETER),
+    Route("POST", "/api/admin/requeue/{job_id}", "requeue", "admin", "Put a job back in line"),
     Route(
         "POST",
         "/api/admin/requeue",
@@ -3796,8 +3891,7 @@ ROUTES = (
         "admin",
         "Put all failed jobs back in line",
         _REQUEUE,
-        "payload",
-        True,
+        slow=True,
     ),
     Route("GET", "/api/admin/workers", "workers", "admin", "Workers seen", slow=True),
     Route("GET", "/metrics", "metrics", "admin", "Figures for Prometheus", slow=True),
@@ -3973,7 +4067,10 @@ _ANSWERS = {
     "peek": {"200": "The job", "204": "No job"},
 }
 _OTHER_TYPES = {"metrics": "text/plain", "dashboard": "text/html", "result": "*/*"}
-_BODY_TYPES = {"submit_many": "application/x-ndjson", "complete_many": "application/json"}
+_BODY_CONTENT = {
+    "submit_many": {"application/x-ndjson": {}},
+    "complete_many": {"application/json": {"schema": _BATCH_SCHEMA}},
+}
 
 
 def openapi(routes: Iterable[Route]) -> dict[str, Any]:
@@ -4000,7 +4097,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "operationId": route.handler,
         "summary": route.summary,
         "parameters": [
-            {"name": name, "in": "query", "description": text, "schema": getattr(parse, "schema", {"type": "string"})}
+            {"name": name, "in": "query", "description": text, "schema": parse.schema}
             for name, (parse, text) in route.parameters.items()
         ],
         "responses": {
@@ -4016,7 +4113,7 @@ def _operation(route: Route) -> dict[str, Any]:
             0, {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}}
         )
     if route.body:
-        operation["requestBody"] = {"content": {_BODY_TYPES.get(route.handler, "*/*"): {}}}
+        operation["requestBody"] = {"content": _BODY_CONTENT.get(route.handler, {"*/*": {}})}
     if route.scope:
         operation["security"] = [{}, {"token": []}]
         operation["description"] = f"Scope: {route.scope}"
@@ -4939,6 +5036,54 @@ def _bad_http(detail: str) -> JobQueueError:
     return JobQueueError("bad_http", detail)
 
 
+def _parse_fields(block: bytes) -> dict[str, str]:
+    """Lines of headers by their lower-case names."""
+    fields: dict[str, str] = {}
+    at, end = 0, len(block)
+    while at < end:
+        match = _FIELD.match(block, at)
+        if match is None:
+            raise _bad_http(f"the header line at byte {at} is malformed (RFC 9112, section 5)")
+        name, value = match[1].decode().lower(), _decode(match[2])
+        if name in fields:
+            if name in ("host", "content-length", "transfer-encoding"):
+                raise _bad_http(f"{name} is given twice")
+            value = f"{fields[name]}, {value}"
+        fields[name] = value
+        at = match.end()
+    return fields
+
+
+def _connection_options(fields: dict[str, str]) -> frozenset[str]:
+    return frozenset(word.strip(" \t").lower() for word in fields.get("connection", "").split(","))
+
+
+def _forwarded(fields: dict[str, str]) -> str:
+    """What a worker gets of a submitter's headers, as JSON text."""
+    dropped = _PRIVATE | _connection_options(fields)
+    return json_text({_canonical(name): value for name, value in fields.items() if name not in dropped})
+
+
+def headers_of_program(headers: dict[str, str], limit: int) -> str:
+    """The same of headers that came over no wire; ValueError where they could not have come over HTTP."""
+    block = b""
+    for name, value in headers.items():
+        line = f"{name}: {value}\r\n".encode()
+        match = _FIELD.fullmatch(line)
+        if match is None or match[1] != name.encode():
+            raise ValueError(
+                "a header's name must be of A-Z a-z 0-9 ! # $ % & ' * + - . ^ _ ` | ~, its value without control "
+                f"characters, got {name[:100]!r}: {value[:100]!r}"
+            )
+        block += line
+    if len(block) > limit:
+        raise ValueError(f"the headers have {len(block)} bytes; at most {limit} are taken")
+    try:
+        return _forwarded(_parse_fields(block))
+    except JobQueueError as error:
+        raise ValueError(error.detail) from None
+
+
 class Head:
     """The headers of a request. Clients and workers send the same ones again and again, so a block of header bytes
     is parsed once and kept by its bytes, with all that follows from it alone."""
@@ -4946,38 +5091,15 @@ class Head:
     __slots__ = ("fields", "forwarded", "length", "chunked", "tokens", "expect", "host")
 
     def __init__(self, block: bytes) -> None:
-        self.fields = self._parse(block)
+        self.fields = _parse_fields(block)
         get = self.fields.get
-        self.tokens = frozenset(word.strip(" \t").lower() for word in get("connection", "").split(","))
-        self.forwarded = json_text(
-            {
-                _canonical(name): value
-                for name, value in self.fields.items()
-                if name not in _PRIVATE and name not in self.tokens
-            }
-        )
+        self.tokens = _connection_options(self.fields)
+        self.forwarded = _forwarded(self.fields)
         self.length, self.chunked = self._framing()
         self.expect = get("expect", "").lower()
         self.host = get("host")
         if self.host and not _HOST.fullmatch(self.host):
             raise _bad_http("the Host header is malformed")
-
-    @staticmethod
-    def _parse(block: bytes) -> dict[str, str]:
-        fields: dict[str, str] = {}
-        at, end = 0, len(block)
-        while at < end:
-            match = _FIELD.match(block, at)
-            if match is None:
-                raise _bad_http(f"the header line at byte {at} is malformed (RFC 9112, section 5)")
-            name, value = match[1].decode().lower(), _decode(match[2])
-            if name in fields:
-                if name in ("host", "content-length", "transfer-encoding"):
-                    raise _bad_http(f"{name} is given twice")
-                value = f"{fields[name]}, {value}"
-            fields[name] = value
-            at = match.end()
-        return fields
 
     def _framing(self) -> tuple[int | None, bool]:
         """RFC 9112, 6.1 to 6.3, strictly: what two readers could understand in two ways is refused."""
@@ -5138,10 +5260,10 @@ class Planner:
             raise _bad_http("the request line must be METHOD SP TARGET SP HTTP/1.1 (RFC 9112, section 3)")
         method, target, major, minor = match[1].decode(), match[2].decode("latin-1"), match[3], match[4]
         plan.is_head = method == "HEAD"
-        if major != b"1" or minor not in b"01":
+        if major != b"1":
             spoken = f"HTTP/{major.decode()}.{minor.decode()}"
             raise JobQueueError("http_version", f"{spoken} is not spoken here; use HTTP/1.1")
-        plan.version = int(minor)
+        plan.version = min(int(minor), 1)  # what comes after 1.1 is answered as 1.1 (RFC 9110, 2.5)
         head = plan.head = self._head_of(fields) if len(fields) <= 2048 else Head(fields)
         plan.keep = "close" not in head.tokens and (plan.version == 1 or "keep-alive" in head.tokens)
         if plan.version == 0 and head.chunked:
@@ -5272,6 +5394,7 @@ class Connection:
             raise
         else:
             self.state = _READING
+            self._set_deadline(self._server.now + self._server.patience)
             self._listen(_READ)
             if self._refusal is not None:
                 self.refuse_at_once(self._refusal)
@@ -5626,13 +5749,44 @@ class Connection:
             self.deadline = now + self._server.patience
         if self.deadline > now:
             self._server.arm(self, self.deadline)
-        elif self.state == _READING and (self._buffer or self._body is not None) and not self._out:
+        elif self._begun() and not self._out:
             self._refuse(JobQueueError("request_timeout", "the request took too long to arrive"))
         else:
             self.close()
 
     def busy(self) -> bool:
         return self.state == _HELD or bool(self._out)
+
+    def _begun(self) -> bool:
+        """Has a part of a request come?"""
+        return self.state == _READING and (bool(self._buffer) or self._body is not None)
+
+    def idle_for(self, now: float) -> float:
+        """Seconds for which it has been waiting for a request; below 0: it is not."""
+        if self.state != _READING or self._out or self._begun():
+            return -1.0
+        return now - (self.deadline - self._server.patience)
+
+    def has_more(self) -> bool:
+        """Has something come that was not read yet, be it the end?"""
+        try:
+            socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def stop(self, seconds: float) -> None:
+        """The server ends: what is being answered has this long, what is on its way is told, the idle is closed."""
+        if self.state == _READING and not self._out:
+            self.on_event(_READ)  # what has come, but was not read yet
+        if self.busy():
+            self.deadline = self._server.now + seconds
+        elif self._begun():
+            self._refuse(JobQueueError("draining", "the server is stopping"))
+        elif self.state != _LINGERING:  # which is over soon
+            self.close()
 
     def close(self) -> None:
         """Gone: whoever works for it is told by the future, without any lock of the engine's."""
@@ -5687,13 +5841,15 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     # Slots: see LocalEngine. ThreadingHTTPServer has a dictionary for its own.
     # fmt: off
     __slots__ = (
-        "settings", "_clock", "patience", "_access_log", "max_held", "_engine", "usual_head", "tls", "_planner",
-        "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections", "held",
-        "stopping", "now", "_second", "date", "_posted", "_awake", "_wake_in", "_wake_out", "_serving",
+        "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
+        "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
+        "_longest_idle", "held", "stopping", "now", "_second", "date", "_posted", "_awake", "_wake_in", "_wake_out",
+        "_serving",
     )
     # fmt: on
 
     GATHER = 0.002  # seconds for which those that come while others wait for a sync are served before it
+    GRACE = 1.0  # seconds idle before a connection may be closed for another: its next request may be on its way
     request_queue_size = 1024
     daemon_threads = True
 
@@ -5707,7 +5863,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     ) -> None:
         self.settings, self._clock = settings, clock
         self.patience, self._access_log = settings.idle_timeout, settings.access_log
-        self.max_held, self._engine = settings.max_held, service.engine
+        files = _file_limit()
+        self.max_connections, self.max_held = _room(settings, files)
+        self._engine = service.engine
         self.usual_head = min(2048, settings.max_headers)  # bytes of a head whose plan is kept
         self.tls = tls_context(settings)
         self._planner = Planner(settings, service.access, Router(ROUTES), api)
@@ -5716,6 +5874,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._known_kind = functools.lru_cache(1024)(self._plan_of_kind)
         self.selector, self.timers, self._due = selectors.DefaultSelector(), Timers(), math.inf
         self.connections: set[Connection] = set()
+        self._longest_idle: list[Connection] | None = None  # the longest at the end; None: not looked for yet
         self.held, self.stopping = 0, False
         self.now = clock.monotonic()
         self._second, self.date = 0, ""  # the Date header of this second
@@ -5726,6 +5885,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Connection)
+        if (self.max_connections, self.max_held) != (settings.max_connections, settings.max_held):
+            cut = self.max_connections < settings.max_connections
+            reason = f"{files} files may be open (ulimit -n)" if cut else "workers need the other connections"
+            log.warning("limits_cut max_connections=%d max_held=%d: %s", self.max_connections, self.max_held, reason)
         self.socket.setblocking(False)
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -5816,6 +5979,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._awake = False
 
     def _accept(self, mask: int) -> None:
+        self._longest_idle = None
         for _ in range(64):
             try:
                 sock, address = self.socket.accept()
@@ -5823,6 +5987,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    if self._make_room():
+                        continue
                     self._back_off(error)
                     return
                 continue  # the client was gone before it was accepted
@@ -5833,7 +5999,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def _admit(self, sock: socket.socket, address: Any) -> None:
         sock.setblocking(False)
-        if len(self.connections) >= self.settings.max_connections + 64:
+        full = len(self.connections) >= self.max_connections and not self._make_room()
+        if full and len(self.connections) >= self.max_connections + min(64, self.max_connections // 2):
             self._turn_away(sock)
             return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -5841,8 +6008,20 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = self.RequestHandlerClass(sock, address, self)
         self.connections.add(connection)
-        if len(self.connections) > self.settings.max_connections:
+        if full:
             connection.refuse_at_once(JobQueueError("too_many_clients", "too many connections; try again"))
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle for longest. They are looked for once for all that come together."""
+        if self._longest_idle is None:
+            idle = [connection for connection in self.connections if connection.idle_for(self.now) >= self.GRACE]
+            self._longest_idle = sorted(idle, key=lambda connection: connection.deadline, reverse=True)
+        while self._longest_idle:
+            connection = self._longest_idle.pop()
+            if connection.idle_for(self.now) >= self.GRACE and not connection.has_more():
+                connection.close()
+                return True
+        return False
 
     def _turn_away(self, sock: socket.socket) -> None:
         """So many too many that not even a refusal may take a place: it is said, but not waited for."""
@@ -5925,10 +6104,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 self.selector.unregister(self.socket)
             self.socket.close()
             for connection in list(self.connections):
-                if connection.busy():
-                    connection.deadline = self.now + seconds
-                else:
-                    connection.close()
+                self._run(connection.stop, seconds)
             done.set()
 
         self.post(stop)
@@ -5942,6 +6118,29 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.selector.close()
         self._wake_in.close()
         self._wake_out.close()
+
+
+def _file_limit() -> float:
+    """How many files, sockets among them, this process may have open."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return math.inf if limit == resource.RLIM_INFINITY else limit
+    return math.inf
+
+
+def _room(settings: Settings, files: float) -> tuple[int, int]:
+    """How many connections, and how many held clients among them, there can be.
+
+    Files are kept for the journal, gRPC and the program around: 256, of few the half. Connections are kept for workers,
+    since without them no held client ever gets its result: where fewer than 64 (of few, a quarter) would be left, held
+    clients get three quarters.
+    """
+    connections = max(1, int(min(settings.max_connections, files - min(256, files / 2))))
+    for_workers = min(64, -(-connections // 4))
+    held = settings.max_held
+    return connections, held if held <= connections - for_workers else connections * 3 // 4
 
 
 def _is_address(name: str) -> bool:
@@ -6532,7 +6731,8 @@ class Server:
     ) -> concurrent_futures.Future:
         """Submit a job; a Future of the result's bytes.
 
-        Options: priority, delay, ttl, lease, attempts, as over HTTP. The future's `result` raises JobQueueError when
+        Options: priority, delay, ttl, lease, attempts, as over HTTP; so are the headers: what is private to a
+        connection is left out, ValueError tells what is malformed. The future's `result` raises JobQueueError when
         the job failed, expired or was cancelled, and TimeoutError (the job goes on). Cancelling it does not cancel
         the job; `server.cancel(future.job_id)` does.
         """
@@ -6540,7 +6740,8 @@ class Server:
         headers = headers or {}
         if not isinstance(headers, dict) or {str} < {str, *map(type, headers), *map(type, headers.values())}:
             raise TypeError(f"headers must be a dict of str to str, got {headers!r}")
-        terms = self.service.terms(json_text(headers), options, key)
+        forwarded = headers_of_program(headers, self.settings.max_headers) if headers else "{}"
+        terms = self.service.terms(forwarded, options, key)
         return _result_future(self._apart(self.service.submit, _as_bytes(payload), terms, None), self._tellers)
 
     def _apart(self, verb: Callable, *arguments: Any, undo: Callable[[Any], None] = lambda _: None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -321,6 +322,45 @@ def test_an_option_that_is_unknown_or_malformed_is_named(start, options):
     with pytest.raises((ValueError, jobqueue.JobQueueError), match=name):
         server.submit(b"1", **options).result(10)
     assert Client(server).stats()["total"] == 0
+
+
+def test_the_headers_of_a_submit_are_kept_as_those_over_http_are(start):
+    server = start()
+    headers = {
+        "content-type": "text/plain", "X-trace-ID": " a, b\t", "x-umlaut": "ä", "X-Empty": "", "x-twice": "1",
+        "X-Twice": "2", "Authorization": "Bearer secret", "cookie": "secret", "Proxy-Authorization": "secret",
+        "Connection": "X-Hop", "x-hop": "1", "TE": "trailers", "Upgrade": "x", "Transfer-Encoding": "chunked",
+        "Keep-Alive": "1", "Expect": "100-continue",
+    }  # fmt: skip
+    server.submit(b"1", headers=headers)
+    job = next(server.jobs())
+    assert job.headers == {
+        "Content-Type": "text/plain", "X-Trace-Id": "a, b", "X-Umlaut": "ä", "X-Empty": "", "X-Twice": "1, 2",
+    }  # fmt: skip
+    del headers["Transfer-Encoding"], headers["Upgrade"]
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with contextlib.closing(connection):
+        connection.putrequest("POST", "/api/submit?wait=0", skip_host=True, skip_accept_encoding=True)
+        for name, value in ({"Host": "localhost", "Content-Length": "1"} | headers).items():
+            connection.putheader(name, value.encode())
+        connection.endheaders(b"1")
+        assert connection.getresponse().status == 202
+    over_http = next(server.jobs()).headers
+    assert {name: over_http[name] for name in over_http if name not in ("Host", "Content-Length")} == job.headers
+
+
+@pytest.mark.parametrize("headers", [
+    {"": "a"}, {"A B": "a"}, {"A:": "a"}, {"A\r\nB": "a"}, {"Ä": "a"}, {"A\n": "a"}, {"A": "a\r\nB: b"}, {"A": "a\nb"},
+    {"A": "a\n"}, {"A": "a\r"}, {"A": "\0"}, {"A": "\x1b[2J"}, {"A": "\x7f"}, {"A": "\ud800"},
+    {"A": "x" * 32766}, {str(number): "x" * 1000 for number in range(33)}, {"Host": "a", "host": "b"},
+], ids=lambda headers: ascii(headers)[:30])  # fmt: skip
+def test_headers_that_could_not_come_over_http_are_refused(start, headers):
+    server = start()
+    with pytest.raises(ValueError):
+        server.submit(b"1", headers=headers)
+    assert Client(server).stats()["total"] == 0
+    server.submit(b"1", headers={"A": "x" * 32763})  # with ": " and the line's end: as many as over HTTP
+    assert len(next(server.jobs()).headers["A"]) == 32763
 
 
 def test_a_payload_too_large_is_refused(start):

@@ -378,6 +378,37 @@ def test_a_request_that_ends_too_soon_is_never_run(wire, part):
     assert not wire.jobs(queue)
 
 
+ON_ITS_WAY = {
+    "a request line": b"POST /api/sub",
+    "headers": b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nX-A: ",
+    "a body": b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n12345",
+    "a body of which nothing came": b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n",
+    "chunks": b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n12",
+    "a second request": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea",
+}
+
+
+def test_a_request_on_its_way_at_the_stop_is_told_so(tmp_path_factory):
+    stopping = start(tmp_path_factory, "stopping", "--grpc-port", "off")
+    with contextlib.ExitStack() as stack:
+        idle = stack.enter_context(stopping.connect())
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read_until(idle, lambda stream: b"ok" in stream)
+        connections = {name: stack.enter_context(stopping.connect()) for name in ON_ITS_WAY}
+        for name, connection in connections.items():
+            connection.sendall(ON_ITS_WAY[name])
+        assert stopping.call("GET", "/health")[0] == 200  # by now it has read the others
+        stopping.server.terminate()
+        for name, connection in connections.items():
+            *before, told = parse_answers(read_to_end(connection))
+            assert [answer.status for answer in before] == [200] * (name == "a second request"), name
+            assert (told.status, told.json()["code"], told.closes) == (503, "draining", True), name
+            assert int(told.headers["retry-after"]) >= 1
+            connection.close()
+        assert read_to_end(idle) == b""
+    assert stopping.server.wait() == 0
+
+
 def test_a_request_in_pieces_holds_nobody_else_up(wire):
     with wire.connect() as slow:
         slow.sendall(b"GET /health HTT")
@@ -939,6 +970,18 @@ def test_a_held_client_is_not_an_idle_one(slow):
 def test_a_long_poll_is_not_an_idle_one(slow):
     assert [answer.status for answer in parse_answers(bytes(slow["poll"].stream))] == [204]
     assert slow["poll"].ended > 2.5
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.9"])
+def test_a_later_version_of_http_1_is_answered_as_the_latest_known(wire, version):
+    """RFC 9110, 2.5."""
+    with wire.connect() as connection:
+        for _ in range(2):  # it stays open, as with 1.1
+            connection.sendall(f"GET /health HTTP/{version}\r\nHost: localhost\r\n\r\n".encode())
+            stream = read_until(connection, lambda stream: b"ok" in stream)
+            assert stream.startswith(b"HTTP/1.1 200 ") and b"Connection:" not in stream
+        connection.sendall(f"GET /health HTTP/{version}\r\n\r\n".encode())
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")  # and needs a Host, as there
 
 
 # == Afterwards: this stands last, since it looks at what the rest left behind

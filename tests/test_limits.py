@@ -60,33 +60,63 @@ def read_to_the_end(connection: socket.socket) -> bytes:
     return received
 
 
+def served(server: ServerProcess, method: str, path: str, body: bytes = b"") -> Any:
+    """The answer once there is room for another connection; before, each is told so."""
+
+    def tried() -> Any:
+        try:
+            answer = call(server.url, method, path, body, timeout=SOON)
+        except ConnectionError:  # one of a crowd of which not all could be told
+            return None
+        return None if answer.status == 503 else answer
+
+    return wait_until(tried, 20, f"an answer to {method} {path}")
+
+
+def full_of_pollers(server: ServerProcess, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """All of the server's connections, in the hands of workers that wait."""
+    poll = b"GET /api/worker/poll?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    pollers = [stack.enter_context(connect(server.url)) for _ in range(count)]
+    for poller in pollers[1:]:
+        poller.sendall(poll)
+
+    def waiting() -> int:  # nobody else gets in to ask
+        pollers[0].sendall(b"GET /api/admin/stats HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = b""
+        while not whole(answer):
+            answer += pollers[0].recv(65536)
+        return json.loads(answer.partition(b"\r\n\r\n")[2])["waiting_workers"]
+
+    wait_until(lambda: waiting() == count - 1, SOON)
+    pollers[0].sendall(poll)
+    return pollers
+
+
 # -- connections
 
 
 def test_a_connection_too_many_is_answered_503_and_closed_and_its_place_can_be_had_again(process):
     server = process("--max-connections", "20", "--grpc-port", "off")
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(connect(server.url)) for _ in range(20)]
-        for connection in idle:  # each of them is served, so each of them counts
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        busy = full_of_pollers(server, 20, stack)
         for _ in range(3):
             said = read_to_the_end(stack.enter_context(connect(server.url)))  # without having asked
             head, _, body = said.partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in head and b"Connection: close" in head
             assert json.loads(body)["code"] == "too_many_clients"
-        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # those that are in are still served
-        assert idle[0].recv(4096).startswith(b"HTTP/1.1 200")
-        idle.pop().close()
+        busy.pop(0).close()
         wait_until(lambda: healthy(server), SOON)
+        Client(server).put(b"1")  # those that are in are still served
+        assert busy[0].recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_every_connection_too_many_is_answered_however_many_there_are(process):
     """None of them is closed without a word."""
     server = process("--max-connections", "20", "--grpc-port", "off")
     with contextlib.ExitStack() as stack:
-        crowd = [stack.enter_context(connect(server.url)) for _ in range(200)]
-        answers = [read_to_the_end(connection) for connection in crowd[20:]]
+        full_of_pollers(server, 20, stack)
+        crowd = [stack.enter_context(connect(server.url)) for _ in range(180)]
+        answers = [read_to_the_end(connection) for connection in crowd]
     assert [answer for answer in answers if not answer.startswith(b"HTTP/1.1 503 ")] == []
 
 
@@ -138,9 +168,10 @@ def test_a_silent_connection_too_many_over_tls_does_not_keep_the_server_busy(tmp
     monkeypatch.setattr(selectors, "DefaultSelector", Counting)
     files = {"tls_cert": str(certs.server_cert), "tls_key": str(certs.server_key)}
     with jobqueue.Server(
-        data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, max_connections=1, **files
+        data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, max_connections=2, **files
     ) as server:
-        with contextlib.closing(connect(server.url)), contextlib.closing(connect(server.url)) as too_many:
+        with contextlib.ExitStack() as stack:
+            *_, too_many = [stack.enter_context(contextlib.closing(connect(server.url))) for _ in range(3)]
             # Each that comes is a turn or two, and then there is nothing to do. Only time can show that.
             with pytest.raises(AssertionError, match="in vain"):
                 wait_until(lambda: len(turns) > 200, 0.5, "the server to spin")
@@ -151,7 +182,119 @@ def test_a_silent_connection_too_many_over_tls_does_not_keep_the_server_busy(tmp
         server.stop(drain=0)
 
 
+def test_a_connection_that_was_idle_for_longest_makes_room_for_another(process):
+    server = process("--max-connections", "10", "--max-held", "3", "--grpc-port", "off")
+    worker = WorkerOverHttp(server)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(server.url))]
+        assert healthy(server)  # it has seen the first one before the others come
+        silent += [stack.enter_context(connect(server.url)) for _ in range(8)]
+        last = stack.enter_context(connect(server.url))
+        last.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert last.recv(4096).startswith(b"HTTP/1.1 200")
+        assert served(server, "GET", "/api/worker/poll").status == 204
+        assert silent[0].recv(1) == b""
+        last.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert last.recv(4096).startswith(b"HTTP/1.1 200")
+        assert served(server, "POST", "/api/submit?wait=0", b"1").status == 202
+        assert worker.poll().payload == "1"
+
+
+def test_over_tls_too_an_idle_connection_makes_room(process, certs):
+    server = process("--max-connections", "3", "--grpc-port", "off",
+                     "--tls-cert", str(certs.server_cert), "--tls-key", str(certs.server_key))
+    context, get = certs.context(), b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        idle = []
+        for _ in range(3):
+            plain = stack.enter_context(connect(server.url))
+            idle.append(stack.enter_context(context.wrap_socket(plain, server_hostname="localhost")))
+            idle[-1].sendall(get)
+            assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200")
+
+        def gets_in() -> bool:
+            return call(server.url, "GET", "/health", timeout=SOON, context=context).status == 200
+
+        wait_until(gets_in, SOON)
+        assert read_to_the_end(idle[0]) == b""
+        idle[2].sendall(get)
+        assert idle[2].recv(4096).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in server.log()
+
+
+def test_what_has_begun_makes_no_room(process):
+    """Held clients, waiting workers, requests on their way: none of them is closed for a newcomer."""
+    server = process("--max-connections", "8", "--max-held", "2", "--grpc-port", "off")
+    client = Client(server)
+    beginnings = [submit_request(b"1"), submit_request(b"2"), submit_request(b"3", "?wait=0")[:-1],
+                  b"GET /health HTT", b"POST /api/submit?wait=0 HTTP/1.1\r\nHost: localhost\r\n"
+                  b"Transfer-Encoding: chunked\r\n\r\n1\r\n"]
+    with Crowd(server, beginnings) as crowd, contextlib.ExitStack() as stack:
+        wait_until(lambda: client.stats()["waiting_clients"] == 2, SOON)
+        silent = [stack.enter_context(connect(server.url)) for _ in range(3)]
+        assert served(server, "GET", "/health").status == 200
+        for number, rest in ((2, b"3"), (3, b"P/1.1\r\nHost: localhost\r\n\r\n"), (4, b"4\r\n0\r\n\r\n")):
+            crowd.sockets[number].sendall(rest)
+        del silent[:]
+        worker = WorkerOverHttp(server)
+        stack.close()
+        jobs = [wait_until(worker.poll, SOON) for _ in range(4)]
+        for job in jobs:
+            worker.complete(job, b"0")
+        crowd.read(whole)
+        assert [int(crowd.answers[number].split()[1]) for number in range(5)] == [200, 200, 202, 200, 202]
+
+
 # -- held clients
+
+
+def test_held_clients_never_take_all_connections(process):
+    """Or no worker would ever get in to answer them."""
+    server = process("--max-connections", "10", "--grpc-port", "off")
+    cut = server.wait_log(r"WARNING limits_cut max_connections=10 max_held=(\d+)")
+    held = int(cut[1])
+    assert 1 <= held <= 8
+    assert server.log().count("WARNING") == 1
+    with Crowd(server, [submit_request(b"%d" % number) for number in range(10)]) as crowd:
+        for _ in range(held):
+            job = json.loads(served(server, "GET", "/api/worker/poll?wait=5").body)
+            assert served(server, "POST", f"/api/worker/complete/{job['job_id']}", b"1").status == 200
+        crowd.read(whole)
+    statuses = [int(answer.split()[1]) for answer in crowd.answers.values()]
+    assert sorted(statuses) == [200] * held + [503] * (10 - held)
+
+
+def test_connections_are_no_more_than_the_files_that_may_be_open(process):
+    wrapper = ("bash", "-c", 'ulimit -n 80; exec "$@"', "bash")
+    server = process("--grpc-port", "off", wrapper=wrapper)
+    cut = server.wait_log(r"WARNING limits_cut max_connections=(\d+) max_held=(\d+).* 80 files")
+    connections, held = int(cut[1]), int(cut[2])
+    assert 20 <= connections < 80 and held < connections
+    with Crowd(server, [submit_request(b"%d" % number) for number in range(200)]) as crowd:
+        done = 0
+        while done < held:
+            polled = served(server, "GET", "/api/worker/poll?wait=5")
+            job = json.loads(polled.body)
+            assert served(server, "POST", f"/api/worker/complete/{job['job_id']}", b"1").status == 200
+            done += 1
+        crowd.read(whole)
+    assert "accept_failed" not in server.log()
+
+
+def test_limits_that_leave_room_stand_and_nothing_is_said(process):
+    server = process("--max-connections", "600", "--max-held", "500", "--grpc-port", "off")
+    assert healthy(server)
+    assert "limits_cut" not in server.log()
+
+
+def test_there_is_always_room_for_a_worker():
+    sizes = (1, 2, 3, 4, 10, 60, 256, 1024, 4096, 4352, 5500, 6000, 1 << 20)
+    for connections, held, files in itertools.product(sizes, sizes, (*sizes, float("inf"))):
+        settings = jobqueue.Settings(max_connections=connections, max_held=held)
+        most, most_held = jobqueue._room(settings, files)
+        assert 1 <= most <= connections and most <= files
+        assert most_held <= held and most_held < most
+        assert most_held == held or most_held >= most // 2
 
 
 def test_a_held_client_too_many_is_told_while_workers_get_in_and_the_held_get_their_results(process):
@@ -224,6 +367,37 @@ def test_a_client_with_a_known_key_is_attached_although_the_queue_is_full(proces
     assert (again.status, again.json()["job_id"]) == (202, job_id)
 
 
+# -- a batch of results, a long error
+
+
+def test_a_result_that_is_too_large_for_its_batch_is_named(process):
+    server = process("--max-payload", "1000", "--grpc-port", "off")
+    client, worker = Client(server), WorkerOverHttp(server)
+    for _ in range(3):
+        client.put()
+    jobs = worker.poll_many(3)
+    rows = [{"job_id": job.id, "payload": "x" * size} for job, size in zip(jobs, (1, 999, 1), strict=True)]
+    answer = call(server.url, "POST", "/api/worker/complete", json={"results": rows})
+    assert answer.status == 413
+    problem = check_problem(answer)
+    assert problem["job_id"] == jobs[1].id and jobs[1].id in problem["detail"] and "1001" in problem["detail"]
+    assert client.stats()["running"] == 3  # none of them was taken
+    del rows[1]
+    answer = call(server.url, "POST", "/api/worker/complete", json={"results": rows})
+    assert [row["status"] for row in answer.json()["results"]] == [200, 200]
+
+
+@pytest.mark.parametrize("letter", ["x", "ä", "😀"])
+def test_of_a_long_error_the_end_is_kept(process, letter):
+    """Where a traceback says what went wrong."""
+    server = process("--grpc-port", "off")
+    client, worker = Client(server), WorkerOverHttp(server)
+    said = "Traceback: " + letter * 70_000 + "\nValueError: the reason"
+    job_id = client.put()
+    worker.fail(worker.poll(), said, retry=False)
+    assert client.view(job_id)["error"] == said[-65536:]
+
+
 # -- file descriptors
 
 
@@ -234,15 +408,14 @@ def cpu_seconds(pid: int) -> float:
 
 @needs_proc
 def test_without_file_descriptors_it_does_not_spin_and_comes_back_by_itself(process):
-    wrapper = ("bash", "-c", 'ulimit -n 60; exec "$@"', "bash")
-    server = process("--grpc-port", "off", wrapper=wrapper)
+    server = process("--grpc-port", "off")
     client = Client(server)
     job_id = client.put(b"1")
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (60, 60))  # fewer than it could know of
     with contextlib.ExitStack() as stack:
-        for _ in range(200):
-            connection = stack.enter_context(socket.socket())
-            connection.setblocking(False)
-            connection.connect_ex(("127.0.0.1", server.port))
+        for _ in range(100):
+            connection = stack.enter_context(connect(server.url))
+            connection.sendall(b"GET")  # it has begun, so it makes no room
         server.wait_log("accept_failed")
         begin, used, tried = time.monotonic(), cpu_seconds(server.pid), server.log().count("accept_failed")
         wait_until(lambda: server.log().count("accept_failed") >= tried + 6, 20, "six more tries")
@@ -257,6 +430,18 @@ def test_without_file_descriptors_it_does_not_spin_and_comes_back_by_itself(proc
     worker = WorkerOverHttp(server)
     worker.complete(worker.poll(), b"1")
     assert client.status(job_id) == "completed"
+    assert "Traceback" not in server.log()
+
+
+@needs_proc
+def test_without_file_descriptors_too_an_idle_connection_makes_room(process):
+    server = process("--grpc-port", "off")
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (60, 60))
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(connect(server.url))
+        assert served(server, "POST", "/api/submit?wait=0", b"1").status == 202
+        assert served(server, "GET", "/api/worker/poll").status == 200
     assert "Traceback" not in server.log()
 
 

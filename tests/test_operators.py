@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,11 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 import jobqueue
 from support import ServerProcess, call, connect, raw, wait_until
@@ -196,6 +200,81 @@ def test_a_route_is_in_the_document_with_its_parameters_and_scope(route, documen
     if route.scope:
         assert route.scope in operation["description"]
     assert "default" in operation["responses"] and operation["summary"]
+
+
+def values_of(schema: dict[str, Any]) -> st.SearchStrategy[str]:
+    """What a client that was made from the document may put into a query."""
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if schema["type"] == "boolean":
+        return st.sampled_from(["true", "false"])
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if schema["type"] == "integer":
+        return st.integers(low, high).map(str)
+    if schema["type"] == "number":
+        return (st.floats(low, high) | st.integers(math.ceil(low), math.floor(high))).map(str)
+    text = st.from_regex(re.compile(schema["pattern"]), fullmatch=True)
+    return text.filter(lambda text: len(text) <= schema.get("maxLength", math.inf))
+
+
+CHECKS = {
+    f"{route.method} {route.path} {name}": (name, parse)
+    for route in jobqueue.ROUTES
+    for name, (parse, _) in route.parameters.items()
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@given(data=st.data())
+def test_what_the_document_promises_is_taken(check, data):
+    name, parse = CHECKS[check]
+    text = data.draw(values_of(parse.schema))
+    assert name in jobqueue.parse_query(urllib.parse.urlencode({name: text}), {name: (parse, "")})
+
+
+@pytest.mark.parametrize("text", [
+    "", "1e", "e5", "1e+", "1e400", "inf", "nan", "-inf", "1_0", "1e1_0", "0x1", "١", "1e²", " 1",
+])
+def test_a_number_that_is_none_is_refused(text):
+    for name, (parse, _) in jobqueue.SUBMIT_PARAMETERS.items():
+        if parse.schema["type"] in ("number", "integer"):
+            with pytest.raises(ValueError, match=name):
+                parse(name, text)
+
+
+def test_a_number_may_have_an_exponent(server):
+    """str(0.00001) is 1e-05 in Python, and 1e-5 in JavaScript."""
+    for delay in ("1e-05", "1e-5", "1E1", "1.5e+1"):
+        assert call(server.url, "POST", f"/api/submit?wait=0&delay={delay.replace('+', '%2B')}").status == 202
+
+
+def test_a_batch_of_results_is_what_the_document_says(server, document):
+    validator = pytest.importorskip("jsonschema", reason="jsonschema is not installed").Draft202012Validator
+    body = document["paths"]["/api/worker/complete"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    row = {"job_id": "a"}
+    batches = [
+        [], [row], [{**row, "lease_token": None, "payload": {"x": [1]}, "content_type": "text/html"}],
+        [{**row, "payload": "/+8=", "payload_encoding": "base64"}], [{**row, "payload_encoding": None}],
+        [row] * 10_000, [{}],
+        [{"job_id": ""}], [{"job_id": 1}], [{**row, "lease_token": 1}], [{**row, "more": 1}], [[]], ["a"], {}, None,
+        [{**row, "payload": "/+8", "payload_encoding": "base64"}], [{**row, "payload_encoding": "base64"}],
+        [{**row, "payload": "a", "payload_encoding": "hex"}], [{**row, "content_type": []}], [row] * 10_001,
+    ]  # fmt: skip
+    bodies = [{"results": batch} for batch in batches] + [{}, [], {"results": [], "more": 1}]
+    for each in bodies:
+        taken = call(server.url, "POST", "/api/worker/complete", json=each).status == 200
+        assert taken == validator(body).is_valid(each), ascii(each)[:200]
+
+
+def test_a_route_that_takes_no_body_takes_no_large_one(server, document):
+    bodiless = {"pause", "resume", "requeue", "requeue_all", "release", "extend"}
+    assert {route.handler for route in jobqueue.ROUTES if route.method == "POST" and not route.body} == bodiless
+    for route in jobqueue.ROUTES:
+        if route.handler in bodiless:
+            assert "requestBody" not in document["paths"][route.path]["post"]
+            for size, refused_ in ((65536, False), (65537, True)):
+                answer = call(server.url, "POST", route.path.replace("{job_id}", "none"), b"x" * size)
+                assert (answer.status == 413) == refused_, route.path
 
 
 def test_the_document_holds_no_route_that_is_not_there(document):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import string
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -297,6 +298,81 @@ def test_json_nested_deeply_is_json_with_white_space_around_it_too(depth, before
     assert as_json("json", data) == data.decode()
     for broken in (before + data[len(before) + 1 :], data + b"]", data + b",1", b"\x0b" + data, b"1" + data):
         assert kind_of(broken) == "text"
+
+
+# What may be put into a JSON text, or cut out of it, to break it or not.
+PIECES = (
+    "[", "]", "{", "}", ",", ":", '"', '"a"', '"a":', '"[":', '{"a":', "[[],", "0", "01", "-", "-0", "1.5E+3",
+    ".5", "1.", "1e", "true", "null", "nul", "\\", '\\"', "\\u12aF", "\\u12", "\\x", " ", "\n", "\t", "\x00", "\x01",
+    "\x02", "\x0b", "\x7f", "\u00a0", "ä", "k", "(", ";", "NaN",
+)  # fmt: skip
+
+
+@st.composite
+def nearly_json(draw) -> str:
+    text = draw(json_texts)
+    for at, cut, piece in draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2), st.sampled_from(PIECES)))):
+        at %= len(text) + 1
+        text = text[:at] + piece + text[at + cut :]
+    return text
+
+
+def nested(text: str, depth: int, array: bool) -> bytes:
+    opening, closing = ("[", "]") if array else ('{"a":', "}")
+    return (opening * depth + text + closing * depth).encode(errors="replace")
+
+
+@given(json_texts | nearly_json(), st.booleans())
+@example('"\\\\"', True)
+@example('"\\\\\\""', False)
+@example('1,"a":2', False)
+@example('1,"a":2', True)
+@example("1,2", False)
+@example('"a\t", "b"', True)
+def test_what_json_is_does_not_depend_on_how_deep_it_is_nested(text, array):
+    """Deeper than Python's own parser follows, another one says: it must say the same."""
+    shallow, deep = nested(text, 200, array), nested(text, 3000, array)
+    assert kind_of(deep) == kind_of(shallow)
+    body = b'{"results": [{"job_id": "a", "payload": %b, "lease_token": "]"}]}'
+    if kind_of(shallow) == "json":
+        assert jobqueue.batch_members(body % deep)[0]["payload"].encode() == deep
+    else:
+        with pytest.raises(JobQueueError):
+            jobqueue.batch_members(body % shallow)
+        with pytest.raises(JobQueueError):
+            jobqueue.batch_members(body % deep)
+
+
+SIZE = 200_000
+DEEP = {
+    "lists": "[" * SIZE + "]" * SIZE,
+    "objects": '{"a":' * SIZE + "1" + "}" * SIZE,
+    "both": '[{"a":' * SIZE + "1" + "}]" * SIZE,
+    "values on the way": "[0," * SIZE + "1" + "]" * SIZE,
+    "siblings": "[" * 2000 + "[]," * SIZE + "1" + "]" * 2000,
+    "numbers": "[" * 2000 + "0," * SIZE + "1" + "]" * 2000,
+    "strings": "[" * 2000 + '"[",' * SIZE + "1" + "]" * 2000,
+    "escapes": "[" * 2000 + '"' + '\\"\\u0000\\n' * SIZE + '"' + "]" * 2000,
+}
+
+
+@pytest.mark.parametrize("shape", DEEP)
+def test_deep_json_is_not_gone_through_in_python(shape):
+    """So that a body of megabytes does not stop everybody else: fewer lines are run than it has thousands of bytes."""
+    data, lines = DEEP[shape].encode(), [0]
+
+    def trace(frame, event, argument):
+        lines[0] += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        kind = kind_of(data)
+    finally:
+        sys.settrace(before)
+    assert kind == "json"
+    assert lines[0] < len(data) / 1000
 
 
 @given(json_values)
