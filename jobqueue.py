@@ -11,12 +11,12 @@ A client POSTs a job and is held until a worker, which pulls jobs over HTTP or g
 The life of a job (the table is TRANSITIONS, below):
 
     submit --> delayed --(delay over)--> pending --(poll)--> processing --(complete)--> completed
-                  ^                       |  ^                 |  |  |
-                  |                       |  +-----------------+  |  |
-                  |                       |   lease over, release |  |
-                  +-----------------------|-----(fail, retry)-----+  +--(no attempts left)--> failed
-                                          +--(ttl over)--> expired
-    delayed, pending, processing --(cancel)--> cancelled        failed, expired, cancelled --(requeue)--> pending
+                  ^                          ^                 |  |  |
+                  |                          +-----------------+  |  |
+                  |                       lease over, release     |  |
+                  +---------------------------(fail, retry)-------+  +--(no attempts left)--> failed
+    delayed, pending, processing --(cancel)--> cancelled        failed, expired, cancelled,
+    delayed, pending --(ttl over)--> expired                    delayed --(requeue)--> pending
 
 The laws of this file:
 
@@ -83,7 +83,10 @@ except ImportError:  # Windows
     fcntl = None
 
 __version__ = "1.0.0"
-__all__ = ["Clock", "Engine", "JobQueueError", "Server", "main"]
+__all__ = [
+    *("Server", "LeasedJob", "JobQueueError", "DataError", "DiskError", "Clock", "main"),
+    *("Engine", "Terms", "Job", "Claim", "Outcome"),  # for an engine of your own
+]
 
 log = logging.getLogger("jobqueue")
 log.addHandler(logging.NullHandler())
@@ -309,7 +312,8 @@ RETRY_AFTER = {"draining": 5, "queue_full": 1, "too_many_clients": 1}  # seconds
 
 
 class JobQueueError(Exception):
-    """What went wrong: `code` (a key of ERRORS), `detail` for a person, `job_id` where there is one."""
+    """What went wrong: `code` (a key of ERRORS), `detail` for a person, `job_id` where there is one; `status`,
+    `grpc_status` and `title` are those of ERRORS."""
 
     def __init__(self, code: str, detail: str, job_id: str | None = None) -> None:
         super().__init__(detail)
@@ -1107,7 +1111,7 @@ class Journal:
     """
 
     VERSION = 1
-    QUICK = 0.005  # seconds that a sync may take for the thread that leads to wait for it: it keeps others waiting
+    QUICK = 0.005  # a sync that takes longer (seconds) is left to the committing thread: the leading one serves others
     IDLE = 0.2  # seconds without work after which the watermark itself is written, so that a later flip is found
 
     def __init__(
@@ -1131,7 +1135,7 @@ class Journal:
         self._tail = lock  # the end of the file: held by an append, and by the switch to a compacted file
         self._waiting: collections.deque[tuple[Future, Any, str | None]] = collections.deque()
         self._wake = threading.Condition()  # notified when the committing thread has something to do
-        self._asleep = False  # does it wait for an append?
+        self._asleep = False  # does the committing thread wait for an append?
         self._committing = threading.Lock()  # held while syncing and answering, and for whatever else closes the file
         self._leader = 0  # the thread that commits after its own verbs
         self._quick = True  # is the disk quick enough for that?
@@ -1748,7 +1752,8 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def pause(self, queue: str | None, paused: bool) -> Future:
-        """Stop or resume handing out jobs of a queue (None: of all). Future of what is paused now."""
+        """Stop or resume handing out jobs of a queue (None: of all, which ends each queue's own pause too). Future of
+        the sorted names of the paused queues, or "all"."""
 
     @abc.abstractmethod
     def clear(self) -> Future:
@@ -1801,7 +1806,8 @@ class _Lane:
 
 
 class _Waiter:
-    """A long poll in line, or a client that waits for the end of a job (`job_id`)."""
+    """A worker's long poll (in the lines of its lanes; it ends by `_polls`, and is counted in `_pollers`), or a client
+    that waits for a job's end (in `_watchers`; it ends by `_holds`, and is counted in `_clients`)."""
 
     __slots__ = ("future", "answer", "claim", "job_id", "number")
     _count = itertools.count()
@@ -1914,7 +1920,7 @@ class LocalEngine(Engine):
     # fmt: on
 
     SCAN = 5_000  # jobs looked at for one page of a listing: a page may be short, the lock is not held for long
-    SWEEP = 1_000  # timers settled for one taking of the lock
+    SWEEP = 1_000  # timers settled, or jobs requeued, for one taking of the lock
 
     def __init__(self, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None) -> None:
         self._settings, self._clock = settings, clock
@@ -2513,7 +2519,8 @@ class LocalEngine(Engine):
             self._unfinished_bytes += job.size
 
     def _enter(self, job: Job, wall: int | None) -> None:
-        """Put the job where its state belongs. `wall`: its times are new, or restored, and on the wall clock."""
+        """Put the job where its state belongs. `wall`: the moment from which the job's own times count, since they are
+        new or restored; None: they run on."""
         job_id, state = job.id, job.state
         self._jobs[job_id] = job
         lane = self._lanes.get(job.queue) or self._lane(job.queue)
@@ -2575,8 +2582,8 @@ class LocalEngine(Engine):
         return self._move(job, job.completed(*end, record))
 
     def _complete_batch(self, batch: dict[str, tuple], outcomes: list[Outcome | JobQueueError]) -> None:
-        """Complete these with one write, or one by one where the disk has no room for all; their outcomes take their
-        places."""
+        """Complete these with one write, or one by one where the disk has no room for all; each outcome goes to its
+        place in `outcomes`."""
         ends = list(batch.values())
         batch.clear()
         if not ends:
@@ -2713,8 +2720,8 @@ class LocalEngine(Engine):
         return chosen
 
     def _take(self, claim: Claim | None, *before: str) -> tuple[list[Job], int]:
-        """Lease up to `claim.max` jobs. Their records are written with one write, and behind those that are given,
-        the last of which has the number that is returned."""
+        """Lease up to `claim.max` jobs with one write, behind the records `before`; the jobs, and the number of the
+        last record of `before`."""
         chosen = self._choose(claim)
         if not chosen:
             return chosen, self.journal.append(*before, urgent=True) if before else 0
@@ -3373,7 +3380,7 @@ def job_view(job: Job) -> dict[str, Any]:
         "queue": job.queue,
         "status": job.state,
         "priority": job.priority,
-        "attempt": min(job.failures + 1, job.attempts),
+        "attempt": min(max(1, job.failures + (job.state != "failed")), job.attempts),
         "attempts": job.attempts,
         "deliveries": job.deliveries,
     }
@@ -5813,7 +5820,7 @@ def _allowed(error: JobQueueError) -> tuple[tuple[str, str], ...]:
 
 @functools.lru_cache(256)
 def _status_line(status: int, kind: str | None, keep: bool, version: int, date: str) -> bytes:
-    """What the answers of a second have in common."""
+    """Status line and first headers: alike for all answers of a kind within a second."""
     lines = f"HTTP/1.1 {status} {http.client.responses[status]}\r\nDate: {date}\r\n"
     if kind is not None:
         lines += f"Content-Type: {kind}\r\n"
@@ -5848,7 +5855,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     )
     # fmt: on
 
-    GATHER = 0.002  # seconds for which those that come while others wait for a sync are served before it
+    GATHER = 0.002  # once answers wait for a sync, requests that go on coming for so many seconds share it
     GRACE = 1.0  # seconds idle before a connection may be closed for another: its next request may be on its way
     request_queue_size = 1024
     daemon_threads = True
@@ -6058,7 +6065,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     @staticmethod
     def failed(error: Exception) -> Response:
-        """The answer that tells it."""
+        """The response that tells the caller of `error`; what is no JobQueueError is logged, and told as `internal`."""
         if isinstance(error, JobQueueError):
             return error_response(error)
         log.error("handler_failed", exc_info=error)
@@ -6603,7 +6610,7 @@ class Server:
 
     Settings are those of the command line, with underscores; `clock` is for tests. It installs no signal handlers,
     keeps no global state and prints nothing; it logs to the logger `jobqueue`. Raises ValueError for settings,
-    DataError for the data folder, OSError for a port that is taken.
+    DataError for the data folder, DiskError for a disk that fails at the start, OSError for a port that is taken.
     """
 
     def __init__(self, *, clock: Clock | None = None, **settings: Any) -> None:
@@ -6836,8 +6843,8 @@ class Server:
         self.failed.set()
         threading.Thread(target=lambda: [call() for call in self._on_failure], daemon=True).start()
 
-    def responds(self, seconds: float | None) -> bool:
-        """Do the serving thread and the engine answer within that time?"""
+    def responds(self, seconds: float) -> bool:
+        """Do the serving thread and the engine answer within that time? False: not yet."""
         answered = threading.Event()
         self._http.post(lambda: (self.engine.peek(()), answered.set()))
         return answered.wait(seconds)
