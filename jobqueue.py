@@ -1143,6 +1143,7 @@ class Journal:
         self._refusing = False  # did the disk refuse the last append?
         self._spent_at = 0  # the size when the reserve was given back
         self._look_again = 0.0  # when it is time to see whether there is room for the reserve
+        self.lent = False  # is the room of the reserve a compaction's for now?
         self._closing = False
         self._marked = 0  # the record up to which no watermark needs to be written
         self._committer = threading.Thread(target=self._commit_forever, name="jobqueue-commit", daemon=True)
@@ -1249,6 +1250,7 @@ class Journal:
             os.fsync(fd)
         finally:
             os.close(fd)
+        _sync_folder(self.folder)  # a compaction may have been cut short between its rename and this
 
     def close(self) -> None:
         """Sync what there is and leave a closing record; without it the next start knows that this one crashed."""
@@ -1326,7 +1328,15 @@ class Journal:
         if urgent and now < self._look_again:
             return False
         self._look_again = now + 1
+        if self.lent and self._is_tight():
+            return False  # it would take the room that the compaction is writing into
         return self._reserve.fill()
+
+    def _is_tight(self) -> bool:
+        try:
+            return shutil.disk_usage(self.folder).free < 2 * self._settings.reserve
+        except OSError:
+            return True
 
     def _has_room(self, lease: bool) -> bool:
         return not lease or self.size - self._spent_at < self._settings.reserve // 2
@@ -1348,8 +1358,10 @@ class Journal:
 
     def spend(self) -> bool:
         """Give the reserve back to the disk; False when it was given before."""
+        if not self._reserve.spend():
+            return False
         self._spent_at = self.size
-        return self._reserve.spend()
+        return True
 
     @property
     def full(self) -> bool:
@@ -2353,8 +2365,9 @@ class LocalEngine(Engine):
         self.journal.close()
 
     def _disk_failed(self) -> None:
-        threading.Thread(target=self._give_up, name="jobqueue-failed", daemon=True).start()
         self._failed()
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: the end tells them
+            threading.Thread(target=self._give_up, name="jobqueue-failed", daemon=True).start()
 
     def _disk_full(self) -> None:
         self._compact_size = 0  # the journal itself may be what fills it
@@ -2983,7 +2996,9 @@ class LocalEngine(Engine):
         if size < (1.1 if full else 2) * alive or self._now < self._compact_again:
             return
         if full:
+            self._compact_again = self._now + 10
             self.journal.spend()
+        self.journal.lent = full
         count, bodies = self._snapshot()
         self._alive_then = self._unfinished_bytes + self._finished_bytes
         arguments = (count, self._until_closed(bodies), self.journal.seq, size)
@@ -2991,7 +3006,7 @@ class LocalEngine(Engine):
         try:
             self._compacting.start()
         except RuntimeError as error:  # no thread is to be had now
-            self._compacting, self._compact_again = None, self._now + 10
+            self._compacting, self._compact_again, self.journal.lent = None, self._now + 10, False
             log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
 
     def _until_closed(self, bodies: Iterable[str]) -> Iterator[str]:
@@ -3015,7 +3030,7 @@ class LocalEngine(Engine):
                 log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
             self._compact_again = self._clock.monotonic() + 10
         finally:
-            self._compacting = None
+            self.journal.lent, self._compacting = False, None
 
 
 def _random_digits() -> Iterator[str]:
@@ -6789,7 +6804,7 @@ class Server:
                 except KeyboardInterrupt:
                     self._apart(self._let_go, future)
                     raise
-                if not jobs and self.engine.stats()["draining"]:
+                if not jobs and self._apart(self.engine.stats)["draining"]:
                     return
             except JobQueueError as error:
                 if error.code == "draining":
@@ -6803,8 +6818,13 @@ class Server:
 
     def _let_go(self, poll: Future) -> None:
         """Nobody takes its answer any more."""
-        if not poll.cancel() and isinstance(poll.outcome, list):
-            self.engine.give_back(poll.outcome)
+        if not poll.cancel():  # its answer is there, or on its way
+            poll.add_done_callback(self._give_back)
+
+    def _give_back(self, poll: Future) -> None:
+        if isinstance(poll.outcome, list):
+            with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
+                self.engine.give_back(poll.outcome)
 
     # -- stop
 
@@ -6841,7 +6861,8 @@ class Server:
 
     def _disk_failed(self) -> None:
         self.failed.set()
-        threading.Thread(target=lambda: [call() for call in self._on_failure], daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: `failed` says it too
+            threading.Thread(target=lambda: [call() for call in self._on_failure], daemon=True).start()
 
     def responds(self, seconds: float) -> bool:
         """Do the serving thread and the engine answer within that time? False: not yet."""
@@ -7230,6 +7251,7 @@ class Worker:
                 reason: Any = self._client.problem(status, body)
             except Unreachable as error:
                 reason = error
+                self._client.reopen()  # a stop may have hung up on what was no poll any more
             if last:
                 log.warning("not_handed_in job=%s reason=%s: given up", job.id, reason)
                 return
@@ -7478,7 +7500,7 @@ def serve(arguments: argparse.Namespace) -> int:
     stopping.start()
     while stopping.is_alive() and not server.stopped.is_set() and len(bell.signals) < 3:
         bell.wait(1)
-        if len(bell.signals) > 1:
+        if len(bell.signals) > 1 or server.failed.is_set():
             server.hurry()
     bell.ignore()
     return EXIT_DISK if server.failed.is_set() else EXIT_OK

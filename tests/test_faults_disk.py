@@ -255,6 +255,24 @@ def test_leases_leave_room_for_the_results_of_what_is_in_progress(tmp_path, seed
                 assert status == 200, "what is in progress can be completed"
 
 
+@needs("mount", "nsenter")
+@needs_root()
+def test_clients_that_try_again_do_not_take_the_room_that_a_compaction_needs(tmp_path, seed):
+    with small_disk(tmp_path, "8m") as (starts, data, folder):
+        server = starts.start("--reserve", str(RESERVE), data_dir=data)
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for number in range(30):
+            load.submit(client.wire, "&wait=0", b"%d %b" % (number, b"x" * 100_000))
+        clear(load.history, server.port)
+        for number in range(5):
+            load.submit(client.wire, "&wait=0", b"%d %b" % (number, b"y" * 100_000))
+        with full(folder):
+            wait_until(client.accepted, what="the compaction to make room")  # and asking all the time
+            assert (folder / "data" / "journal.jsonl").stat().st_size < 2_000_000
+        check(load.history, server.port, drained=False)
+
+
 # == Short and failed writes =================================================================================
 
 # Where no write at all can succeed, a reserve does not help.
