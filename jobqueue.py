@@ -8039,7 +8039,10 @@ def token(arguments: argparse.Namespace) -> int:
     if wrong:
         raise ValueError(f"--scope must be of {', '.join(SCOPES)}, comma-separated, got {arguments.scope!r}")
     _label("--name", arguments.name or "")
-    _say([" ".join(filter(None, (arguments.scope, secrets.token_urlsafe(32), arguments.name)))])
+    secret = secrets.token_urlsafe(32)
+    while secret[0] == "-":  # as an argument it would be taken for a flag
+        secret = secrets.token_urlsafe(32)
+    _say([" ".join(filter(None, (arguments.scope, secret, arguments.name)))])
     return EXIT_OK
 
 

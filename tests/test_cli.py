@@ -1237,6 +1237,14 @@ def test_a_worker_whose_server_is_none_says_so_and_goes_on_trying_until_it_is_st
 # -- tokens and the command line
 
 
+def test_a_token_can_be_given_as_an_argument(capsys, monkeypatch):
+    """None begins with a dash, as one in 64 that are made by chance does."""
+    made = iter(["-one", "-two", "three"])
+    monkeypatch.setattr(jobqueue.secrets, "token_urlsafe", lambda size: next(made))
+    assert jobqueue.main(["token", "--scope", "client", "--name", "x"]) == OK
+    assert capsys.readouterr().out == "client three x\n"
+
+
 def test_a_command_sends_its_token_and_a_worker_that_is_refused_ends_with_1(process, tmp_path):
     lines = [said(spawn(NOBODY, "token", "--scope", scope, "--name", "x")) for scope in ("client", "worker")]
     path = tmp_path / "tokens"
