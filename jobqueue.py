@@ -238,6 +238,19 @@ class Settings:
             setattr(self, name, setting.parse(name, given[name]) if name in given else setting.default)
 
 
+def readable(flag: str, path: str, *kinds: str) -> str:
+    """The path of a file; ValueError, with its flag, unless it can be read and holds PEM blocks of these kinds."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read() if kinds else b""
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}") from None
+    for kind in kinds:
+        if f"{kind}-----".encode() not in text:
+            raise ValueError(f"{flag} {path} holds no {kind.lower()} in PEM")
+    return path
+
+
 # == Clock =============================================================================================================
 # Leases, delays and waits run on the monotonic clock; the wall clock only stamps what people read and what must
 # survive a restart. Tests put their own clock here.
@@ -1206,8 +1219,9 @@ class Journal:
             raise
 
     def start(self, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
-        """Open for appending; a new journal begins with `snapshot`. After an unclean stop what was read is written
-        anew and synced first: after a failed sync the system may show pages that never reached the disk."""
+        """Open for appending; a new journal begins with `snapshot`. After an unclean stop what is not known to be on
+        the disk is written once more and synced first: after a failed sync the system may show pages that never got
+        there."""
         try:
             self._start(self._reader, snapshot)
         except (OSError, JobQueueError) as error:
@@ -3153,7 +3167,7 @@ class Access:
             self._read(path)
 
     def _read(self, path: str) -> None:
-        with open(path, encoding="utf-8") as file:
+        with open(readable("--tokens", path), encoding="utf-8") as file:
             if fcntl and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
                 raise ValueError(f"{path} can be read by others; run: chmod 600 {path}")
             try:
@@ -3676,7 +3690,7 @@ class HttpApi:
         get = request.parameters.get
         count, stopped = self._service.requeue_all(get("status", "failed"), get("queue"))
         if stopped:
-            return json_response({"message": f"Not all jobs requeued: {stopped}", "requeued": count})
+            return json_response({"message": "Not all jobs requeued", "requeued": count, "stopped": stopped})
         return json_response({"message": "Jobs requeued", "requeued": count})
 
     def workers(self, request: Request) -> Response:
@@ -4940,7 +4954,7 @@ async function requeueFailed() {
   if (await ask("Requeue all failed jobs?",
     `${many(n, "failed job")} of ${of} ${n === 1 ? "goes" : "go"} back in line.`, "Requeue them")) {
     await act("POST", "api/admin/requeue?status=failed" + (queue && "&queue=" + queue),
-      answer => many(answer.requeued, "job") + " requeued.");
+      answer => many(answer.requeued, "job") + " requeued" + (answer.stopped ? ", then: " + answer.stopped : "."));
   }
 }
 async function cancelJob() {
@@ -5455,7 +5469,7 @@ class Connection:
                 self._discard(len(data))
             elif not self._serve_whole(data):
                 self._buffer += data
-                if self.state == _READING:
+                if self.state == _READING and not self._out:
                     self._advance()
                 elif len(self._buffer) > 65536:  # it sends on without waiting for its answers: not further than this
                     self._listen(self._events & ~_READ)
@@ -5657,7 +5671,7 @@ class Connection:
     def _go_on(self) -> None:
         if self._buffer and not self._advancing:  # what was sent on without waiting for the answer
             self._advance()
-            if self.state == _READING or (self.state == _HELD and len(self._buffer) <= 65536):
+            if not self._out and (self.state == _READING or (self.state == _HELD and len(self._buffer) <= 65536)):
                 self._listen(self._events | _READ)  # _read stopped where the buffer was full
 
     @staticmethod
@@ -6173,20 +6187,48 @@ def _is_address(name: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _naming(files: str) -> Iterator[None]:
+    """What OpenSSL says about files does not name them."""
+    try:
+        yield
+    except OSError as error:
+        why = getattr(error, "reason", None) or error.strerror or str(error)
+        raise ValueError(f"cannot use {files}: {why.replace('_', ' ').lower()}") from None
+
+
+def load_certificate(context: ssl.SSLContext, flags: tuple[str, str], cert: str, key: str | None) -> None:
+    """A certificate and its key into `context`; ValueError says by its flag which file is wrong."""
+    cert_flag, key_flag = flags
+    holder = f"{key_flag} {key}" if key else f"{cert_flag} {cert}"
+
+    def ask_nobody() -> str:  # OpenSSL would ask at the terminal, which a service has not
+        raise ValueError(f"{holder} is encrypted: give a key that has no pass phrase")
+
+    readable(cert_flag, cert, "CERTIFICATE")
+    if key:
+        readable(key_flag, key, "PRIVATE KEY")
+    else:
+        try:
+            readable(cert_flag, cert, "PRIVATE KEY")
+        except ValueError:
+            raise ValueError(f"{cert_flag} {cert} holds no key: give {key_flag}") from None
+    with _naming(f"{cert_flag} {cert}" + (f" with {holder}" if key else "")):
+        context.load_cert_chain(cert, key, ask_nobody)
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """The server's TLS, or None; ValueError names the file that is missing or wrong."""
     if not settings.tls_cert:
         if settings.tls_key or settings.tls_client_ca:
             raise ValueError("--tls-key and --tls-client-ca need --tls-cert")
         return None
-    try:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
-        if settings.tls_client_ca:
-            context.load_verify_locations(settings.tls_client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ValueError(f"cannot use --tls-cert, --tls-key or --tls-client-ca: {error}") from None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    load_certificate(context, ("--tls-cert", "--tls-key"), settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca:
+        with _naming(f"--tls-client-ca {settings.tls_client_ca}"):
+            context.load_verify_locations(readable("--tls-client-ca", settings.tls_client_ca, "CERTIFICATE"))
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
@@ -6968,49 +7010,6 @@ class Unreachable(Exception):
     code = EXIT_UNREACHABLE
 
 
-def readable(flag: str, path: str, *kinds: str) -> str:
-    """The path of a file; ValueError, with its flag, unless it can be read and holds PEM blocks of these kinds."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read() if kinds else b""
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}") from None
-    for kind in kinds:
-        if f"{kind}-----".encode() not in text:
-            raise ValueError(f"{flag} {path} holds no {kind.lower()} in PEM")
-    return path
-
-
-def load_certificate(context: ssl.SSLContext, flags: tuple[str, str], cert: str, key: str | None) -> None:
-    """A certificate and its key into `context`; ValueError says by its flag which file is wrong."""
-    cert_flag, key_flag = flags
-    holder = f"{key_flag} {key}" if key else f"{cert_flag} {cert}"
-
-    def ask_nobody() -> str:  # OpenSSL would ask at the terminal, which a service has not
-        raise ValueError(f"{holder} is encrypted: give a key that has no pass phrase")
-
-    readable(cert_flag, cert, "CERTIFICATE")
-    if key:
-        readable(key_flag, key, "PRIVATE KEY")
-    else:
-        try:
-            readable(cert_flag, cert, "PRIVATE KEY")
-        except ValueError:
-            raise ValueError(f"{cert_flag} {cert} holds no key: give {key_flag}") from None
-    with _naming(f"{cert_flag} {cert}" + (f" with {holder}" if key else "")):
-        context.load_cert_chain(cert, key, ask_nobody)
-
-
-@contextlib.contextmanager
-def _naming(files: str) -> Iterator[None]:
-    """What OpenSSL says about files does not name them."""
-    try:
-        yield
-    except OSError as error:
-        why = getattr(error, "reason", None) or error.strerror or str(error)
-        raise ValueError(f"cannot use {files}: {why.replace('_', ' ').lower()}") from None
-
-
 class Client:
     """One keep-alive connection to a server. Not for several threads."""
 
@@ -7477,7 +7476,6 @@ def forward(url: str, job: PolledJob) -> Verdict:
 def serve(arguments: argparse.Namespace) -> int:
     """Run the server until SIGTERM or SIGINT; a second one ends the wait for jobs in progress, a third one all."""
     server = Server(**_given_settings(arguments))
-    _check_files(server.settings)
     set_up_logging(server.settings.log_format, server.settings.log_level)
     _warn_of_unknown_variables()
     _raise_file_limit(server.settings.max_connections)
@@ -7510,19 +7508,6 @@ def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings from flags and environment; what is wrong with one is told with the names of both."""
     given = {setting: getattr(arguments, setting.name) for setting in SETTINGS if hasattr(arguments, setting.name)}
     return {setting.name: setting.parse(setting.told(value), value) for setting, value in given.items()}
-
-
-def _check_files(settings: Settings) -> None:
-    """ValueError, with flag and file, before anything is opened or made."""
-    if settings.tokens:
-        readable("--tokens", settings.tokens)
-    if not settings.tls_cert:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    load_certificate(context, ("--tls-cert", "--tls-key"), settings.tls_cert, settings.tls_key)
-    if settings.tls_client_ca:
-        with _naming(f"--tls-client-ca {settings.tls_client_ca}"):
-            context.load_verify_locations(readable("--tls-client-ca", settings.tls_client_ca, "CERTIFICATE"))
 
 
 def _warn_of_unknown_variables() -> None:
@@ -7943,12 +7928,17 @@ def requeue(arguments: argparse.Namespace) -> int:
         return _print_answer(arguments, _message, "POST", f"/api/admin/requeue/{_quoted(arguments.job_id)}")
     return _print_answer(
         arguments,
-        lambda body: [f"{json.loads(body)['requeued']} jobs requeued"],
+        _requeued,
         "POST",
         "/api/admin/requeue",
         status=arguments.status,
         queue=arguments.queue,
     )
+
+
+def _requeued(body: bytes) -> list[str]:
+    answer = json.loads(body)
+    return [f"{answer['requeued']} jobs requeued" + (f", then: {answer['stopped']}" if "stopped" in answer else "")]
 
 
 def _message(body: bytes) -> list[str]:

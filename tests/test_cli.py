@@ -1234,6 +1234,24 @@ def test_a_worker_whose_server_is_none_says_so_and_goes_on_trying_until_it_is_st
     assert worker.log().count("and not as a jobqueue server does") >= 4
 
 
+def test_a_worker_that_was_hung_up_on_while_its_job_ran_hands_the_result_in(server, client, queue):
+    """A stop that comes as a poll is answered may find no poll any more to hang up on."""
+    worker_client, heart = jobqueue.Client(server.url), jobqueue.Client(server.url)
+
+    def run(job):
+        worker.stop()
+        worker_client.hang_up()
+        return jobqueue.Verdict("complete", b"done", {}, {})
+
+    worker = jobqueue.Worker(worker_client, heart, run, {"queue": queue})
+    job_id = client.put(queue=queue)
+    thread = threading.Thread(target=worker.work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert client.result(job_id) == b"done"
+
+
 # -- tokens and the command line
 
 

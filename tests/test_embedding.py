@@ -810,3 +810,76 @@ def test_a_child_that_was_forked_does_not_keep_the_data_folder_locked(tmp_path):
         os.waitpid(child, 0)
         for fd in (*ready, *over):
             os.close(fd)
+
+
+def test_a_job_whose_poll_was_let_go_with_its_answer_on_the_way_is_back_in_line(start):
+    server = start()
+    server.submit(b"1")
+    (job,) = server.engine.poll(jobqueue.Claim()).result(10)
+    poll = jobqueue.Future()
+    assert poll.claim()  # it is being answered, but is not yet
+    server._let_go(poll)
+    assert server.job(job.id)["status"] == "processing"
+    poll.set_result([job])
+    assert server.job(job.id)["status"] == "pending"
+
+
+def test_a_program_is_told_which_tls_file_is_wrong_and_asked_for_no_pass_phrase(tmp_path, certs):
+    server = jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, tls_cert="/nowhere/cert")
+    with pytest.raises(ValueError, match=r"^--tls-cert /nowhere/cert: No such file"):
+        server.start()
+    server = jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, tokens="/nowhere/tokens")
+    with pytest.raises(ValueError, match=r"^--tokens /nowhere/tokens: No such file"):
+        server.start()
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_client_that_does_not_read_its_answer_is_read_no_further(start):
+    """What it sends on stays in its own memory, and is served once it reads."""
+    server = start()
+    big = b"x" * 4_000_000
+    job_id = server.submit(big, queue="big").job_id
+    one = b"POST /api/submit?wait=0&queue=on HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n" + big
+    asked = b"GET /api/jobs/%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % job_id.encode()
+    rest = memoryview(asked * 3 + one * 8)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        caller.settimeout(1)
+        with pytest.raises(TimeoutError):  # it is not taken any more
+            while rest:
+                rest = rest[caller.send(rest[:65536]) :]
+        assert max(len(connection._buffer) for connection in list(server._http.connections)) < 200_000
+        caller.settimeout(20)
+        sender = later(lambda: (caller.sendall(rest), caller.shutdown(socket.SHUT_WR)))
+        received = bytearray()
+        while received.count(b"HTTP/1.1 202 ") < 8:
+            received += caller.recv(1 << 20)
+        sender.result(20)
+    assert received.count(b"HTTP/1.1 200 ") == 3
+    assert server.engine.stats()["queues"]["on"]["pending"] == 8
+
+
+def test_a_requeue_that_the_disk_stops_midway_says_what_was_done(start, monkeypatch):
+    server = start(reserve=0)
+    monkeypatch.setattr(jobqueue.LocalEngine, "SWEEP", 2)
+    for number in range(6):
+        server.submit(b"%d" % number, attempts=1)
+        next(server.jobs()).fail("no")
+    write_all, pages = jobqueue._write_all, []
+
+    def write(fd, data):
+        pages.append(data)
+        if len(pages) > 1:
+            raise OSError(28, "No space left on device")
+        write_all(fd, data)
+
+    client = Client(server)
+    with monkeypatch.context() as patch:
+        patch.setattr(jobqueue, "_write_all", write)
+        answer = client.call("POST", "/api/admin/requeue")
+        assert answer.status == 200
+        assert answer.json()["requeued"] == 2 and "No space" in answer.json()["stopped"]
+        refusal = client.call("POST", "/api/admin/requeue")
+        assert (refusal.status, refusal.json()["code"]) == (507, "disk_full")
+    assert (server.engine.stats()["pending"], server.engine.stats()["failed"]) == (2, 4)
+    assert client.call("POST", "/api/admin/requeue").json() == {"message": "Jobs requeued", "requeued": 4}

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import signal
 import threading
 
 import pytest
@@ -265,12 +266,29 @@ def test_clients_that_try_again_do_not_take_the_room_that_a_compaction_needs(tmp
         for number in range(30):
             load.submit(client.wire, "&wait=0", b"%d %b" % (number, b"x" * 100_000))
         clear(load.history, server.port)
-        for number in range(5):
-            load.submit(client.wire, "&wait=0", b"%d %b" % (number, b"y" * 100_000))
+        lines = b"".join(b'"%d %b"\n' % (number, b"y" * 1000) for number in range(600))
+        status, _ = client.wire.request("POST", "/api/jobs", lines, {"Content-Type": "application/x-ndjson"})
+        assert status == 202
+        stop = threading.Event()
+
+        def try_again():
+            wire = Wire(server.port)
+            while not stop.is_set():
+                wire.request("POST", "/api/submit?wait=0&queue=again", b"z" * 20_000)
+
+        clients = [threading.Thread(target=try_again) for _ in range(3)]
         with full(folder):
-            wait_until(client.accepted, what="the compaction to make room")  # and asking all the time
-            assert (folder / "data" / "journal.jsonl").stat().st_size < 2_000_000
-        check(load.history, server.port, drained=False)
+            for thread in clients:
+                thread.start()
+            try:
+                wait_until(lambda: "compacted " in server.log(), what="the compaction to find its room")
+            finally:
+                stop.set()
+                for thread in clients:
+                    thread.join()
+            assert (folder / "data" / "journal.jsonl").stat().st_size < 3_000_000
+            assert "compaction_failed" not in server.log()
+        assert Wire(server.port).request("GET", "/api/admin/stats")[1]["queues"]["default"]["pending"] == 600
 
 
 # == Short and failed writes =================================================================================
@@ -426,6 +444,23 @@ def test_a_failed_sync_stops_the_server_and_tells_those_who_wait(tmp_path, seed)
             assert Client(load, server).complete(job).status == 200, "a worker does not notice"
         load.drain(server.port)
         check(load.history, server.port)
+
+
+@needs("strace")
+def test_a_disk_that_fails_while_the_server_drains_ends_the_wait(tmp_path, seed):
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start("--drain", "600")
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for _ in range(2):
+            client.submit()
+        first, _ = client.poll("")
+        os.kill(server.pid, signal.SIGTERM)
+        wait_until(lambda: "stopping" in server.log(), what="the drain")
+        with traced(server, "fdatasync,fsync:error=EIO", paths=our_files(tmp_path / "data")):
+            with contextlib.suppress(Cut):
+                outcome_unknown(client.complete(first))
+            stopped_by_the_disk(server)
 
 
 @needs("strace")

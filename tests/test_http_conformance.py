@@ -306,32 +306,30 @@ def test_a_large_request_behind_a_held_one_is_read_on_and_answered_after_it(wire
     assert wire.job(answers[1].json()["job_id"])["payload"] == "x" * 300_000
 
 
-def test_after_two_held_requests_of_which_the_second_is_large_the_third_is_answered(wire):
-    held = b"POST /api/submit?queue=held-5 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nfirst"
-    large = held.replace(b"Length: 5", b"Length: 70000").replace(b"first", b"x" * 70_000)
+@contextlib.contextmanager
+def two_held(wire, queue, query=""):
+    """A held request and a large one behind it on the same connection; the first has its result."""
+    held = b"POST /api/submit?queue=%b%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
     with wire.connect() as connection:
-        connection.sendall(held + large)
-        job = wire.poll("held-5")
-        for _ in range(3):
+        connection.sendall(held % (queue, b"", 5, b"first") + held % (queue, query.encode(), 70_000, b"x" * 70_000))
+        job = wire.poll(queue.decode())
+        for _ in range(3):  # all that was sent has come
             assert wire.call("GET", "/health")[0] == 200
         wire.complete(job, b'"result of first"')
-        wire.complete(wire.poll("held-5"), b'"result of second"')
+        yield connection, wire.poll(queue.decode())
+
+
+def test_after_two_held_requests_of_which_the_second_is_large_the_third_is_answered(wire):
+    with two_held(wire, b"held-5") as (connection, job):
+        wire.complete(job, b'"result of second"')
         connection.sendall(canary("held-5-canary"))
         answers = parse_answers(read_to_end(connection))
     assert [answer.status for answer in answers] == [200, 200, 202]
 
 
 def test_a_hang_up_behind_a_large_held_request_is_noticed(wire):
-    held = b"POST /api/submit?queue=held-6 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nfirst"
-    large = held.replace(b"Length: 5", b"Length: 70000").replace(b"first", b"x" * 70_000)
-    large = large.replace(b"held-6", b"held-6&on_disconnect=cancel")
-    with wire.connect() as connection:
-        connection.sendall(held + large)
-        job = wire.poll("held-6")
-        for _ in range(3):
-            assert wire.call("GET", "/health")[0] == 200
-        wire.complete(job, b'"result of first"')
-        job = wire.poll("held-6")
+    with two_held(wire, b"held-6", "&on_disconnect=cancel") as (_, job):
+        pass
     wait_until(lambda: wire.job(job["job_id"])["status"] == "cancelled")
 
 

@@ -1669,3 +1669,35 @@ def test_room_that_was_given_back_once_is_not_counted_as_given_back_again(make_q
     assert began < journal.size
     assert not journal.spend()
     assert journal._spent_at == began
+
+
+def test_on_a_full_disk_there_is_one_compaction_in_ten_seconds_also_where_nothing_is_alive(make_queue, monkeypatch):
+    queue = make_queue()
+    for _ in range(5):
+        queue.submit()
+    queue.engine.clear().result(PATIENCE)
+    monkeypatch.setattr(queue.engine.journal._reserve, "fill", lambda: False)
+    queue.engine.journal.spend()  # as after a write that was refused; the compaction itself has room
+    queue.engine._disk_full()
+    for _ in range(50):
+        queue.engine.peek(("default",))
+        wait_for_compaction()
+    assert queue.engine.figures()["compactions_total"] == 1
+
+
+def test_after_a_crash_the_name_of_the_file_is_on_the_disk_before_anything_is_acknowledged(make_queue, monkeypatch):
+    """The crash may have come between a compaction's rename and the sync of its folder."""
+    queue = make_queue()
+    queue.submit()
+    copy = crash_copy(queue.engine, Path(queue.engine.journal.folder).with_name("copy"))
+    done: list[str] = []
+    for name in ("_sync_folder", "_sync_data", "_write_all"):
+        real = getattr(jobqueue, name)
+        monkeypatch.setattr(
+            jobqueue, name, lambda *given, name=name, real=real: (done.append(f"{name} {given[0]}"), real(*given))[1]
+        )
+    engine = open_engine(copy, queue.clock)
+    assert f"_sync_folder {copy}" in done
+    rest = done[done.index(f"_sync_folder {copy}") :]
+    assert any(call.startswith("_write_all") for call in rest), "the opening record comes after it"
+    engine.close()
