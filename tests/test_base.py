@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT, ServerProcess, call, raw, wait_until
+from support import ROOT, ServerProcess, call, raw, start_server, wait_until
 from wires import (
     WORKERS,
     Client,
@@ -431,6 +431,56 @@ def test_without_grpcio_http_runs_and_one_line_says_how_to_get_grpc(tmp_path):
     assert "grpc=off" in running.log()
     assert running.stop() == 0
     assert "Traceback" not in running.log()
+
+
+def resident(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only where files without a name are")
+def test_a_script_runs_as_the_same_process_in_the_memory_of_the_compiled_module(tmp_path):
+    script = start_plain(tmp_path, {}, "--port", "0", "--grpc-port", "off")
+    (tmp_path / "module").mkdir()
+    module = start_server(tmp_path / "module", "--grpc-port", "off")
+    assert script.pid == script.process.pid
+    assert resident(script.pid) < 1.2 * resident(module.pid)  # with its syntax tree it has 1.8 times as much
+    assert "memfd" not in "".join(os.readlink(entry) for entry in Path(f"/proc/{script.pid}/fd").iterdir())
+    assert Path(f"/proc/{script.pid}/cmdline").read_bytes().split(b"\0")[2:3] == [str(ROOT / "jobqueue.py").encode()]
+    assert (script.stop(), module.stop()) == (0, 0)
+
+
+FLAGS = [
+    *(["-I"], ["-P"], ["-O"], ["-u", "-X", "dev", "-W", "error"]),
+    *(["-m", "cProfile"], ["-m", "trace", "--count", "--missing"]),
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
+def test_a_script_keeps_the_flags_of_its_python_and_can_be_watched(flags, tmp_path):
+    link = tmp_path / "a link.py"
+    link.symlink_to(ROOT / "jobqueue.py")
+    command = [sys.executable, *flags, str(link), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("jobqueue ")
+
+
+def test_a_script_sees_its_own_folder_and_name_and_arguments(tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(ROOT / "jobqueue.py", folder)
+    link = tmp_path / "queue.py"
+    link.symlink_to(folder / "jobqueue.py")
+    # The last line of the script, which runs the command line, tells what it would have run with.
+    text = (folder / "jobqueue.py").read_text()
+    tell = "print(sys.argv, sys.path[0], __file__, sys.flags.dev_mode, __name__)\n"
+    (folder / "jobqueue.py").write_text(text.replace("    sys.exit(main())\n", "    " + tell))
+    for command in (["-X", "dev", "queue.py", "a b", ""], ["-I", "queue.py"], [str(link), "-c"]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        before = command.index(next(word for word in command if word.endswith("queue.py")))
+        beside = "-I" not in command
+        assert done.stdout.startswith(f"{command[before:]} {folder if beside else ''}"), done.stdout + done.stderr
+        assert done.stdout.endswith(f" {tmp_path / 'queue.py'} {'dev' in command} __main__\n")
 
 
 # == Payloads are sacred
