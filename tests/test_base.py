@@ -465,6 +465,15 @@ def test_a_script_keeps_the_flags_of_its_python_and_can_be_watched(flags, tmp_pa
     assert done.stdout.startswith("jobqueue ")
 
 
+def test_a_script_runs_where_there_is_no_proc(tmp_path):
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("namespaces cannot be made here")
+    command = [*mount, sys.executable, str(ROOT / "jobqueue.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_script_sees_its_own_folder_and_name_and_arguments(tmp_path):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
