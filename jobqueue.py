@@ -209,7 +209,7 @@ _ATTEMPTS = _number(int, 1, 100)
 
 SETTINGS = (
     Setting("host", _text, "127.0.0.1", "address to listen on; a wider one wants --tokens (or --insecure)"),
-    Setting("port", _port, 3000, "HTTP port; 0 takes a free one", "PORT"),
+    Setting("port", _number(int, 0, 65535), 3000, "HTTP port; 0 takes a free one", "PORT"),
     Setting("grpc_port", _port, 50051, "gRPC port; 0 takes a free one, 'off' runs without gRPC", "GRPC_PORT"),
     Setting("data_dir", _text, "data", "folder of the journal; made when it is not there"),
     Setting("fsync", _choice("always", "interval", "never"), "always", "when an answer waits for the disk"),
@@ -1451,7 +1451,7 @@ class Journal:
 
     def _commit(self, idle: bool = False) -> None:
         """`_committing` is held. `idle`: nothing happened for a while."""
-        count, since = len(self._waiting), self._since
+        count, since, self._since = len(self._waiting), self._since, self._clock.monotonic()
         if not self.failure:
             try:
                 self._sync(idle)
@@ -1817,6 +1817,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def workers_seen(self) -> list[dict[str, Any]]:
         """The workers that polled lately, the latest last."""
+
+    @abc.abstractmethod
+    def draining(self) -> bool:
+        """Is nothing more handed out and accepted?"""
 
     @abc.abstractmethod
     def drain(self) -> Future:
@@ -2348,7 +2352,7 @@ class LocalEngine(Engine):
             "waiting_clients": len(self._clients),
             "waiting_workers": len(self._pollers),
             "paused": self._all_paused,
-            "draining": self._drained is not None,
+            "draining": self.draining(),
             "queues": queues,
         }
 
@@ -2372,6 +2376,9 @@ class LocalEngine(Engine):
             }
             for name, seen in self._workers.items()
         ]
+
+    def draining(self) -> bool:
+        return self._drained is not None
 
     @_verb
     def drain(self) -> Future:
@@ -3724,7 +3731,7 @@ class HttpApi:
         return Response(200, b'{"status":"ok"}')
 
     def ready(self, request: Request) -> Response:
-        if self._engine.stats()["draining"]:
+        if self._engine.draining():
             raise JobQueueError("draining", "the server is stopping")
         return Response(200, b'{"status":"ready"}')
 
@@ -5703,10 +5710,8 @@ class Connection:
 
     def _peer_left(self) -> bool:
         """Has the other side hung up, unseen so far? A job must not go to a worker that is gone."""
-        if self._server.tls:
-            return False
         try:
-            return self._sock.recv(1, socket.MSG_PEEK) == b""
+            return socket.socket.recv(self._sock, 1, socket.MSG_PEEK) == b""  # of the socket itself, over TLS too
         except BlockingIOError:
             return False
         except OSError:
@@ -5838,7 +5843,7 @@ class Connection:
         if self.state == _READING and not self._out:
             self.on_event(_READ)  # what has come, but was not read yet
         if self.busy():
-            self.deadline = self._server.now + seconds
+            self._set_deadline(self._server.now + seconds)
         elif self._begun():
             self._refuse(JobQueueError("draining", "the server is stopping"))
         elif self.state != _LINGERING:  # which is over soon
@@ -6605,10 +6610,12 @@ class GrpcServer:
                 port = self._server.add_secure_port(address, self._credentials(settings))
             else:
                 port = self._server.add_insecure_port(address)
-        except (RuntimeError, OSError):
-            port = 0
-        if not port:
-            raise OSError(errno.EADDRINUSE, f"cannot listen on {address} for gRPC; choose another --grpc-port, or off")
+            reason = "" if port else "gRPC says no more"
+        except (RuntimeError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+        if reason:
+            advice = f"cannot listen on {address} for gRPC ({reason}); choose another --grpc-port, or off"
+            raise OSError(errno.EADDRINUSE, advice)
         return port
 
     def _credentials(self, settings: Settings) -> Any:
@@ -6752,7 +6759,7 @@ class Server:
         self.service = JobService(self.engine, settings, self.clock)
         api = HttpApi(self.service, self._pages())
         try:
-            self._http = HTTPServer((settings.host, settings.port or 0), api, self.service, settings, self.clock)
+            self._http = HTTPServer((settings.host, settings.port), api, self.service, settings, self.clock)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -6877,7 +6884,7 @@ class Server:
                 except KeyboardInterrupt:
                     self._apart(self._let_go, future)
                     raise
-                if not jobs and self._apart(self.engine.stats)["draining"]:
+                if not jobs and self.engine.draining():
                     return
             except JobQueueError as error:
                 if error.code == "draining":
@@ -7055,6 +7062,7 @@ class Client:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
         self._url, self._parts, self._path = url, parts, parts.path.rstrip("/")
+        self._address = parts.hostname, parts.port  # a ValueError where that is no port
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._context = self._tls(ca, certificate) if parts.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
@@ -7121,11 +7129,10 @@ class Client:
 
     def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
         if self._connection is None:
-            parts = self._parts
             if self._context:
-                self._connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=self._context)
+                self._connection = http.client.HTTPSConnection(*self._address, context=self._context)
             else:
-                self._connection = http.client.HTTPConnection(parts.hostname, parts.port)
+                self._connection = http.client.HTTPConnection(*self._address)
         self._connection.timeout = timeout
         if self._connection.sock is None:
             self._connection.connect()
@@ -7137,17 +7144,17 @@ class Client:
     def hang_up(self) -> None:
         """From another thread: say that nothing more will be asked; an answer on its way is still read."""
         self._hung_up = True
-        sock = self._connection and self._connection.sock
-        if sock:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
+        self._shut(socket.SHUT_WR)
 
     def abort(self) -> None:
         """From another thread: a call that waits for its answer fails."""
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
         sock = self._connection and self._connection.sock
         if sock:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, how)  # SSLSocket's own ends the session under whoever reads
 
     def reopen(self) -> None:
         """After hang_up: the next call takes a new connection."""
@@ -7495,7 +7502,7 @@ def forward(url: str, job: PolledJob) -> Verdict:
         kind = answer.get("Content-Type")
         return Verdict("complete", body, {"Content-Type": kind} if kind else {}, {})
     query = {"retry": "true" if status in (429, 502, 503, 504) else "false"}
-    if query["retry"] == "true" and answer.get("Retry-After", "").isdigit():
+    if query["retry"] == "true" and answer.get("Retry-After", "").isdecimal():
         query["delay"] = str(min(int(answer["Retry-After"]), 30 * DAY))
     return Verdict("fail", f"{url} answered {status}: ".encode() + body[:4096], {}, query)
 
@@ -8012,9 +8019,9 @@ def check(arguments: argparse.Namespace) -> int:
     try:
         for record in reader:
             ops[record["op"]] += 1
-            _follow(states, record)
             if arguments.dump:
                 _write(json_text(record).encode() + b"\n", flush=False)
+            _follow(states, record)
     except FileNotFoundError:
         raise DataError(f"there is no {path}") from None
     finally:
@@ -8051,7 +8058,10 @@ def _follow(states: dict[str, str], record: dict[str, Any]) -> None:
     elif op == "clear":
         states.clear()
     elif "id" in record:
-        states[record["id"]] = TRANSITIONS[states[record["id"]], op]
+        state = TRANSITIONS.get((states.get(record["id"]), op))
+        if state is None:
+            raise DataError(f"record {record['seq']} does not follow from those before it; --dump shows it")
+        states[record["id"]] = state
 
 
 def token(arguments: argparse.Namespace) -> int:
