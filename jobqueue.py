@@ -3492,7 +3492,7 @@ class HttpApi:
         preferences = _PREFERENCE.findall(asked.headers["prefer"])
         parts = [part.partition(";")[0].strip().lower() for part in preferences]
         for part in parts:
-            if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,5})"?', part):
+            if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,18})"?', part):
                 return min(float(match[1]), DAY), f"wait={match[1]}"
         if any(re.fullmatch(r'respond-async(\s*=\s*"")?', part) for part in parts):
             return 0.0, "respond-async"
@@ -3982,7 +3982,7 @@ class Router:
         """The route and the job_id in the path; HEAD finds GET where that changes nothing. Raises not_found and
         method_not_allowed (with `allow`, the methods there are)."""
         methods, job_id = self._match(path)
-        if methods is None and path[-1:] == "/":
+        if methods is None and path[-1:] == "/" and path != "//":
             methods, job_id = self._match(path[:-1])
         if methods is None:
             raise JobQueueError("not_found", f"there is no {path[:200]!r}")
@@ -5070,9 +5070,8 @@ openJob(location.hash.slice(1));
 
 # RFC 9110, 5.6.2 (token) and 5.5 (field values: visible, space, tab, obs-text); RFC 9112, 5 (no space before a colon).
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD = re.compile(
-    rb"(" + _TOKEN + rb"):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n"
-)
+# Possessive, and stripped afterwards, so that many spaces take no more time than other bytes.
+_FIELD = re.compile(rb"(" + _TOKEN + rb"):([ \t\x21-\x7e\x80-\xff]*+)\r\n")
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(:[0-9]{0,5})?")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t\x21-\x7e\x80-\xff]*)?\r\n")
@@ -5095,6 +5094,8 @@ _PRIVATE = frozenset(
         "expect",
     )
 )
+# Bytes of a job's headers over gRPC: a job with the largest payload still fits the 4 MiB that its clients take.
+_FORWARDED = 63 * KIB
 
 
 def _bad_http(detail: str) -> JobQueueError:
@@ -5109,7 +5110,7 @@ def _parse_fields(block: bytes) -> dict[str, str]:
         match = _FIELD.match(block, at)
         if match is None:
             raise _bad_http(f"the header line at byte {at} is malformed (RFC 9112, section 5)")
-        name, value = match[1].decode().lower(), _decode(match[2])
+        name, value = match[1].decode().lower(), _decode(match[2].strip(b" \t"))
         if name in fields:
             if name in ("host", "content-length", "transfer-encoding"):
                 raise _bad_http(f"{name} is given twice")
@@ -5126,7 +5127,11 @@ def _connection_options(fields: dict[str, str]) -> frozenset[str]:
 def _forwarded(fields: dict[str, str]) -> str:
     """What a worker gets of a submitter's headers, as JSON text."""
     dropped = _PRIVATE | _connection_options(fields)
-    return json_text({_canonical(name): value for name, value in fields.items() if name not in dropped})
+    kept = {_canonical(name): value for name, value in fields.items() if name not in dropped}
+    size = sum(len(name) + len(value.encode()) + 8 for name, value in kept.items())
+    if size > _FORWARDED:
+        raise JobQueueError("headers_too_large", f"as UTF-8 the headers take {size} bytes; at most {_FORWARDED} may")
+    return json_text(kept)
 
 
 def headers_of_program(headers: dict[str, str], limit: int) -> str:
@@ -5196,11 +5201,11 @@ def _canonical(name: str) -> str:
 class _Chunks:
     """Decodes a chunked body (RFC 9112, 7.1) as it comes."""
 
-    __slots__ = ("body", "left", "limit", "trailers", "line_limit")
+    __slots__ = ("body", "left", "limit", "trailers", "line_limit", "looked_at")
 
     def __init__(self, limit: int, line_limit: int) -> None:
         self.body, self.left, self.limit, self.line_limit = bytearray(), 0, limit, line_limit
-        self.trailers = False
+        self.trailers, self.looked_at = False, 0
 
     def feed(self, buffer: bytearray) -> bool:
         """Take what is there; True when the body is whole. What follows stays in `buffer`."""
@@ -5253,9 +5258,11 @@ class _Chunks:
             if _FIELD.fullmatch(buffer, 0, end + 2) is None:
                 raise _bad_http("a trailer is malformed")
             self.line_limit -= end + 2
+            self.looked_at = 0
             del buffer[: end + 2]
-        if len(buffer) > self.line_limit or self.line_limit < 0 or _BARE.search(buffer):
+        if len(buffer) > self.line_limit or self.line_limit < 0 or _BARE.search(buffer, self.looked_at):
             raise _bad_http("the trailers are malformed or too long")
+        self.looked_at = max(0, len(buffer) - 1)
         return False
 
 
@@ -5409,6 +5416,7 @@ class Connection:
         "_refusal",
         "_started",
         "_lingered",
+        "_looked_at",
         "_advancing",
         "_unsent",
     )
@@ -5424,6 +5432,7 @@ class Connection:
         self._later: Later | None = None
         self._unsent: tuple[Later, Any] | None = None  # what to give back when the answer cannot be written whole
         self._started = self._lingered = 0
+        self._looked_at = 0  # bytes of a head that is not whole in which no bare line end was found
         self.state = _HANDSHAKE if server.tls else _READING
         self.deadline = server.now + (server.settings.header_timeout if server.tls else server.patience)
         self._events = _READ
@@ -5517,6 +5526,7 @@ class Connection:
 
     def _discard(self, size: int) -> None:
         self._lingered += size
+        self.deadline = min(self._server.now + 2, self._body_deadline(self._lingered))
         if self._lingered > 64 * MIB:
             self.close()
 
@@ -5590,8 +5600,9 @@ class Connection:
             raise JobQueueError("uri_too_long", f"the request line is longer than {settings.max_request_line} bytes")
         if line >= 0 and (end if end >= 0 else len(buffer) - 3) - line > settings.max_headers:
             raise JobQueueError("headers_too_large", f"the headers are larger than {settings.max_headers} bytes")
-        if end < 0 and _BARE.search(buffer):
+        if end < 0 and _BARE.search(buffer, self._looked_at):
             raise _bad_http("a line ends in something else than CR LF")
+        self._looked_at = max(0, len(buffer) - 1) if end < 0 else 0
 
     def _expect_within(self, seconds: float) -> None:
         """A deadline for what is being read: absolute, so that dripping does not move it."""
@@ -5635,7 +5646,10 @@ class Connection:
 
     def _expect_body(self, size: int) -> None:
         """A deadline by size and a floor rate; that of a chunked body moves only as fast as it has to come."""
-        self._set_deadline(self._started + self._server.settings.body_timeout + size / (16 * KIB))
+        self._set_deadline(self._body_deadline(size))
+
+    def _body_deadline(self, size: int) -> float:
+        return self._started + self._server.settings.body_timeout + size / (16 * KIB)
 
     # -- answering
 
@@ -5778,9 +5792,9 @@ class Connection:
         self._respond(error_response(error, _allowed(error), close=True))
 
     def _linger(self) -> None:
-        """Close so that the answer arrives: what is still coming is read and dropped for a while, since closing a
-        socket with unread data resets it (RFC 9112, 9.6)."""
-        self.state = _LINGERING
+        """Close so that the answer arrives: what is still coming is read and dropped, as fast as a body has to be and
+        until nothing has come for 2 s, since closing a socket with unread data resets it (RFC 9112, 9.6)."""
+        self.state, self._started = _LINGERING, self._server.now
         self._buffer.clear()
         self._set_deadline(self._server.now + 2)
         self._listen(self._events | _READ)
@@ -5961,6 +5975,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         """Without the reverse look-up of the name that HTTPServer does."""
         if os.name != "nt":  # there it would let two servers share the port
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections inherit it
+        for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15)):  # a machine that vanished is found out
+            if hasattr(socket, name):
+                self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
@@ -6053,6 +6071,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def _accept(self, mask: int) -> None:
         self._longest_idle = None
         for _ in range(64):
+            if self.tls and self._is_packed():  # they wait: to be refused they would have to shake hands
+                self._pause()
+                return
             try:
                 sock, address = self.socket.accept()
             except BlockingIOError:
@@ -6072,7 +6093,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def _admit(self, sock: socket.socket, address: Any) -> None:
         sock.setblocking(False)
         full = len(self.connections) >= self.max_connections and not self._make_room()
-        if full and len(self.connections) >= self.max_connections + min(64, self.max_connections // 2):
+        if full and self._is_packed():
             self._turn_away(sock)
             return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -6082,6 +6103,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.connections.add(connection)
         if full:
             connection.refuse_at_once(JobQueueError("too_many_clients", "too many connections; try again"))
+
+    def _is_packed(self) -> bool:
+        """Are there so many too many that not even a refusal may take a place?"""
+        return len(self.connections) >= self.max_connections + min(64, self.max_connections // 2)
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle for longest. They are looked for once for all that come together."""
@@ -6096,17 +6121,19 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         return False
 
     def _turn_away(self, sock: socket.socket) -> None:
-        """So many too many that not even a refusal may take a place: it is said, but not waited for."""
+        """Refuse without waiting for what it asks."""
         error = JobQueueError("too_many_clients", "too many connections; try again")
         with contextlib.suppress(OSError):
-            if not self.tls:
-                sock.send(render(error_response(error, close=True), False, self.date))
-                sock.shutdown(socket.SHUT_WR)
+            sock.send(render(error_response(error, close=True), False, self.date))
+            sock.shutdown(socket.SHUT_WR)
         sock.close()
 
     def _back_off(self, error: OSError) -> None:
         """Out of file descriptors: accepting again at once would only burn the processor."""
         log.error("accept_failed error=%s: pausing for 0.25 s", error)
+        self._pause()
+
+    def _pause(self) -> None:
         self.selector.unregister(self.socket)
         self.arm(self, self.now + 0.25)
 
@@ -6579,7 +6606,7 @@ class GrpcServer:
 
     def __init__(self, service: JobService, settings: Settings, clock: Clock) -> None:
         self._grpc, messages, stubs = _import_grpc()
-        self._service, self._clock = service, clock
+        self._service, self._clock, self._access_log = service, clock, settings.access_log
         self.requests: dict[tuple[str, str], Histogram] = {}
         self._counting = threading.Lock()
         self._pool = _Pool(settings.grpc_threads, clock)
@@ -6651,7 +6678,7 @@ class GrpcServer:
             except Exception:
                 log.exception("handler_failed grpc=%s", name)
                 problem = JobQueueError("internal", "the server made a mistake; its log says more")
-            self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin)
+            self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin, context)
             if problem:  # outside of the try: abort raises
                 context.set_trailing_metadata((("code", problem.code),))
                 detail = problem.detail
@@ -6662,9 +6689,11 @@ class GrpcServer:
 
         return call
 
-    def _count(self, name: str, code: str, seconds: float) -> None:
+    def _count(self, name: str, code: str, seconds: float, context: Any) -> None:
         with self._counting:
             self.requests.setdefault((name, code), Histogram()).observe(seconds)
+        if self._access_log:
+            log.info("request peer=%s grpc=%s status=%s seconds=%.6f", _peer_of(context), name, code, seconds)
 
     def _add_health(self) -> Any:
         try:

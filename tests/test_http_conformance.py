@@ -500,9 +500,9 @@ def test_a_client_that_sends_everything_first_can_read_its_413(wire):
     assert not wire.jobs("whole") + wire.jobs("whole-canary")
 
 
-def test_a_refused_client_that_goes_on_sending_is_cut_off(wire):
+def test_a_refused_client_that_goes_on_sending_is_cut_off(impatient):
     """The stages of a close have an end too, or one client holds a connection for ever."""
-    with wire.connect() as connection:
+    with impatient.connect() as connection:
         connection.sendall(submit(b"Content-Length: 999999999\r\n"))
         answers = parse_answers(read_to_end(connection))
         assert [answer.status for answer in answers] == [413]
