@@ -357,6 +357,7 @@ class JobQueueError(Exception):
         super().__init__(detail)
         self.code, self.detail, self.job_id = code, detail, job_id
         self.status, self.grpc_status, self.title = ERRORS[code]
+        self.allow = ""  # of method_not_allowed: the methods there are
 
 
 class DataError(Exception):
@@ -844,8 +845,6 @@ class Future:
             if self._callbacks:
                 self._call_back()
 
-    set_exception = set_result
-
     def _call_back(self) -> None:
         while self._callbacks:
             try:
@@ -932,27 +931,7 @@ class Timers:
 class Histogram:
     """Counts of durations by upper bound, as Prometheus wants them."""
 
-    BOUNDS = (
-        0.0001,
-        0.00025,
-        0.0005,
-        0.001,
-        0.0025,
-        0.005,
-        0.01,
-        0.025,
-        0.05,
-        0.1,
-        0.25,
-        0.5,
-        1,
-        2.5,
-        5,
-        10,
-        30,
-        60,
-        300,
-    )
+    BOUNDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
     __slots__ = ("counts", "sum")
 
     def __init__(self) -> None:
@@ -1349,8 +1328,7 @@ class Journal:
         except BaseException:  # a program's Ctrl-C
             self._cut()
             raise
-        if self._refusing:
-            self._refusing = False
+        self._refusing = False
         self.size += len(data)
         self.seq = seq = seq + len(bodies)
         if self._asleep:
@@ -1534,7 +1512,7 @@ class Journal:
         with self._committing:
             while self._waiting:
                 future, _, job_id = self._waiting.popleft()
-                future.set_exception(self.unknown(job_id))
+                future.set_result(self.unknown(job_id))
         if switch:
             switch.error = self.failure
             switch.discard()
@@ -3114,6 +3092,7 @@ SCOPES = ("client", "worker", "admin")
 # In one batch; more would hold up everybody else for more than a second (results for half of one).
 MAX_LINES = 50_000
 MAX_RESULTS = 10_000
+MAX_FORWARDED = 63 * KIB  # bytes of a job's headers: with the largest payload they fit a gRPC client's 4 MiB
 MAX_ERROR = 65536  # characters of a worker's error
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+([ \t]*;[\x20-\x7e]*)?")
@@ -3149,6 +3128,14 @@ def _label(name: str, given: str) -> str:
 
 # No pattern that every reader knows says what is printable in Unicode: this much is promised, and more is taken.
 _label.schema = {"type": "string", "maxLength": 200, "pattern": "^[ -~\u00a1-\u00ac\u00ae-\u0377]*$"}
+
+
+def checked(parse: Callable[[str, Any], Any], name: str, given: Any) -> Any:
+    """The parsed value of a parameter; raises JobQueueError."""
+    try:
+        return parse(name, given)
+    except ValueError as error:
+        raise JobQueueError("invalid_parameter", str(error)) from None
 
 
 def _true(name: str, given: str) -> bool:
@@ -3251,14 +3238,16 @@ class JobService:
         """The terms of a submission. `options` as SUBMIT_PARAMETERS."""
         if key is not None and not 1 <= len(key) <= 255:
             raise JobQueueError("invalid_parameter", f"Idempotency-Key must have 1 to 255 characters, got {len(key)}")
+        size, most = len(headers.encode()) - headers.count("\\"), max(MAX_FORWARDED, self.settings.max_headers)
+        if size > most:  # bytes that are no UTF-8 take two
+            raise JobQueueError("headers_too_large", f"the headers take {size} bytes as UTF-8; at most {most} may")
         given = {name: value for name, value in options.items() if name in Terms._fields}
         return Terms(**{"attempts": self.settings.attempts, "headers": headers, "key": key, **given})
 
     def submit(self, payload: bytes, terms: Terms, wait: float | None, tied: bool = False) -> Future:
         """Future of (Job, replayed); an empty payload is the JSON value ""."""
         self.check_size(payload)
-        if not payload:
-            return self.engine.submit(terms, b'""', "json", wait, tied)
+        payload = payload or b'""'
         return self.engine.submit(terms, payload, kind_of(payload), wait, tied)
 
     def submit_many(self, payloads: list[bytes], terms: Terms) -> Future:
@@ -3280,15 +3269,15 @@ class JobService:
     def _result(data: bytes, content_type: str | None) -> tuple[bytes, str, str | None]:
         if content_type is not None:
             content_type = _media_type(content_type)
-        return (data, kind_of(data), content_type) if data else (b"{}", "json", content_type)
+        data = data or b"{}"
+        return data, kind_of(data), content_type
 
     def complete_many(self, results: list[tuple[str, str | None, bytes, str | None]]) -> Future:
         """Future of a list of Outcome or JobQueueError, in order of (job_id, token, result, content_type)."""
         if len(results) > MAX_RESULTS:
             raise JobQueueError("invalid_request", f"a batch has at most {MAX_RESULTS} results, got {len(results)}")
         for job_id, _, data, _ in results:
-            if len(data) > self.settings.max_payload:
-                self.check_size(data, f"result of job {job_id:.100}", job_id)
+            self.check_size(data, f"result of job {job_id:.100}", job_id)
         return self.engine.complete_many(
             [(job_id, token, *self._result(data, kind)) for job_id, token, data, kind in results]
         )
@@ -3393,7 +3382,7 @@ def json_response(value: Any, status: int = 200, headers: tuple[tuple[str, str],
     return Response(status, json_text(value).encode(), headers=headers)
 
 
-def error_response(error: JobQueueError, headers: tuple[tuple[str, str], ...] = (), close: bool = False) -> Response:
+def error_response(error: JobQueueError, headers: tuple[tuple[str, str], ...] = ()) -> Response:
     """A problem of RFC 9457."""
     problem = {
         "title": error.title,
@@ -3408,7 +3397,9 @@ def error_response(error: JobQueueError, headers: tuple[tuple[str, str], ...] = 
         headers += (("Retry-After", str(RETRY_AFTER[error.code])),)
     if error.code == "unauthorized":
         headers += (("WWW-Authenticate", "Bearer"),)
-    close = close or error.code == "too_many_clients"
+    if error.allow:
+        headers += (("Allow", error.allow),)
+    close = error.code == "too_many_clients"
     return Response(error.status, json_text(problem).encode(), "application/problem+json", headers, close)
 
 
@@ -3859,7 +3850,7 @@ def batch_members(body: bytes) -> list[dict[str, str]]:
         if text[_past(text, at + 1, "}") :]:
             raise ValueError("something follows the object")
         return rows
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise JobQueueError(
             "invalid_request",
             f'the body must be {{"results": [{{"job_id": ..., "lease_token": ..., "payload": ...}}, ...]}}: {error}',
@@ -3886,13 +3877,7 @@ _REQUEUE = {**QUEUE_PARAMETER, "status": (_choice("failed", "expired", "cancelle
 
 ROUTES = (
     Route(
-        "POST",
-        "/api/submit",
-        "submit",
-        "client",
-        "Submit a job and wait for its result",
-        SUBMIT_PARAMETERS,
-        "payload",
+        "POST", "/api/submit", "submit", "client", "Submit a job and wait for its result", SUBMIT_PARAMETERS, "payload"
     ),
     Route(
         "POST",
@@ -3917,24 +3902,9 @@ ROUTES = (
         {**CLAIM_PARAMETERS, "max": (_MAX, "take up to so many; the answer is a list then")},
     ),
     Route("POST", "/api/worker/complete", "complete_many", "worker", "Hand in many results", {}, "batch"),
-    Route(
-        "POST",
-        "/api/worker/complete/{job_id}",
-        "complete",
-        "worker",
-        "Hand in a result",
-        _COMPLETE,
-        "payload",
-    ),
+    Route("POST", "/api/worker/complete/{job_id}", "complete", "worker", "Hand in a result", _COMPLETE, "payload"),
     Route("POST", "/api/worker/fail/{job_id}", "fail", "worker", "Say that an attempt failed", _FAIL, "payload"),
-    Route(
-        "POST",
-        "/api/worker/release/{job_id}",
-        "release",
-        "worker",
-        "Give a job back, uncounted",
-        TOKEN_PARAMETER,
-    ),
+    Route("POST", "/api/worker/release/{job_id}", "release", "worker", "Give a job back, uncounted", TOKEN_PARAMETER),
     Route("POST", "/api/worker/extend/{job_id}", "extend", "worker", "Keep a job for longer", _EXTEND),
     Route("GET", "/api/admin/stats", "stats", "admin", "Counts by state and queue", slow=True),
     Route("DELETE", "/api/admin/clear", "clear", "admin", "Forget all jobs", slow=True),
@@ -3950,13 +3920,7 @@ ROUTES = (
     Route("POST", "/api/admin/resume", "resume", "admin", "Hand out again", QUEUE_PARAMETER),
     Route("POST", "/api/admin/requeue/{job_id}", "requeue", "admin", "Put a job back in line"),
     Route(
-        "POST",
-        "/api/admin/requeue",
-        "requeue_all",
-        "admin",
-        "Put all failed jobs back in line",
-        _REQUEUE,
-        slow=True,
+        "POST", "/api/admin/requeue", "requeue_all", "admin", "Put all failed jobs back in line", _REQUEUE, slow=True
     ),
     Route("GET", "/api/admin/workers", "workers", "admin", "Workers seen", slow=True),
     Route("GET", "/metrics", "metrics", "admin", "Figures for Prometheus", slow=True),
@@ -4022,10 +3986,7 @@ def parse_query(query: str, known: dict[str, tuple[Callable, str]]) -> dict[str,
             )
         if name in values:
             raise JobQueueError("invalid_parameter", f"{name} is given twice")
-        try:
-            values[name] = known[name][0](name, text)
-        except ValueError as error:
-            raise JobQueueError("invalid_parameter", str(error)) from None
+        values[name] = checked(known[name][0], name, text)
     return values
 
 
@@ -5078,24 +5039,12 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[ \t\x21-\x7e\x80-\xff]*
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\x00")
 
 # Never stored, logged or forwarded: credentials, and what concerns one connection only (RFC 9110, 7.6.1).
-_PRIVATE = frozenset(
-    (
-        "authorization",
-        "proxy-authorization",
-        "cookie",
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "expect",
-    )
-)
-# Bytes of a job's headers over gRPC: a job with the largest payload still fits the 4 MiB that its clients take.
-_FORWARDED = 63 * KIB
+# fmt: off
+_PRIVATE = frozenset((
+    "authorization", "proxy-authorization", "cookie", "connection", "keep-alive", "proxy-authenticate",
+    "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect",
+))
+# fmt: on
 
 
 def _bad_http(detail: str) -> JobQueueError:
@@ -5127,11 +5076,7 @@ def _connection_options(fields: dict[str, str]) -> frozenset[str]:
 def _forwarded(fields: dict[str, str]) -> str:
     """What a worker gets of a submitter's headers, as JSON text."""
     dropped = _PRIVATE | _connection_options(fields)
-    kept = {_canonical(name): value for name, value in fields.items() if name not in dropped}
-    size = sum(len(name) + len(value.encode()) + 8 for name, value in kept.items())
-    if size > _FORWARDED:
-        raise JobQueueError("headers_too_large", f"as UTF-8 the headers take {size} bytes; at most {_FORWARDED} may")
-    return json_text(kept)
+    return json_text({_canonical(name): value for name, value in fields.items() if name not in dropped})
 
 
 def headers_of_program(headers: dict[str, str], limit: int) -> str:
@@ -5270,22 +5215,12 @@ class Plan:
     """What the head of a request asks for, as far as it was understood. It is kept by the bytes of the head, of those
     of workers' calls without what each has of its own."""
 
+    # fmt: off
     __slots__ = (
-        "head",
-        "version",
-        "is_head",
-        "keep",
-        "framed",
-        "route",
-        "handle",
-        "holds",
-        "job_id",
-        "token",
-        "asked",
-        "limit",
-        "plain",
-        "seen",
+        "head", "version", "is_head", "keep", "framed", "route", "handle", "holds", "job_id", "token", "asked",
+        "limit", "plain", "seen",
     )
+    # fmt: on
 
     def __init__(self, seen: dict[int, Histogram]) -> None:
         self.version, self.is_head, self.keep = 1, False, False
@@ -5399,27 +5334,12 @@ _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 class Connection:
     """One client's socket: what came in, what is to go out, and the answer it waits for. Serving thread only."""
 
+    # fmt: off
     __slots__ = (
-        "_server",
-        "_sock",
-        "peer",
-        "state",
-        "_buffer",
-        "_out",
-        "_plan",
-        "_own",
-        "_body",
-        "_keep",
-        "_later",
-        "deadline",
-        "_events",
-        "_refusal",
-        "_started",
-        "_lingered",
-        "_looked_at",
-        "_advancing",
-        "_unsent",
+        "_server", "_sock", "peer", "state", "_buffer", "_out", "_plan", "_own", "_body", "_keep", "_later",
+        "deadline", "_events", "_refusal", "_started", "_lingered", "_looked_at", "_advancing", "_unsent",
     )
+    # fmt: on
 
     def __init__(self, sock: socket.socket, address: Any, server: HTTPServer) -> None:
         self._server, self._sock = server, sock
@@ -5477,7 +5397,7 @@ class Connection:
         """Somebody speaks plain HTTP where TLS is spoken: a sentence says more than a reset."""
         error = _bad_http("this port speaks TLS: use https")
         with contextlib.suppress(OSError):
-            socket.socket.send(self._sock, render(error_response(error, close=True), False, self._server.date))
+            socket.socket.send(self._sock, render(error_response(error), False, self._server.date))
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
             socket.socket.recv(self._sock, 65536)  # what is left unread would reset the connection
 
@@ -5562,7 +5482,7 @@ class Connection:
                 if self._refusal is None:
                     self._dispatch(self._plan, *self._own, body)
                 else:
-                    self._respond(error_response(self._refusal, _allowed(self._refusal)))
+                    self._respond(error_response(self._refusal))
         except JobQueueError as error:
             self._refuse(error)
         finally:
@@ -5788,8 +5708,7 @@ class Connection:
     def _refuse(self, error: JobQueueError) -> None:
         """What follows in the stream cannot be told apart any more, or is not wanted: answer and close."""
         self._body, self._keep = None, False
-        self._refusal = self._refusal or error
-        self._respond(error_response(error, _allowed(error), close=True))
+        self._respond(error_response(error))
 
     def _linger(self) -> None:
         """Close so that the answer arrives: what is still coming is read and dropped, as fast as a body has to be and
@@ -5812,7 +5731,7 @@ class Connection:
         if self.state == _HANDSHAKE:
             self._refusal = error
         else:
-            self._respond(error_response(error, close=True))
+            self._respond(error_response(error))
 
     # -- the end
 
@@ -5882,10 +5801,6 @@ class Connection:
                 self._later = None
 
 
-def _allowed(error: JobQueueError) -> tuple[tuple[str, str], ...]:
-    return (("Allow", error.allow),) if hasattr(error, "allow") else ()
-
-
 @functools.lru_cache(256)
 def _status_line(status: int, kind: str | None, keep: bool, version: int, date: str) -> bytes:
     """Status line and first headers: alike for all answers of a kind within a second."""
@@ -5930,12 +5845,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        api: HttpApi,
-        service: JobService,
-        settings: Settings,
-        clock: Clock,
+        self, address: tuple[str, int], api: HttpApi, service: JobService, settings: Settings, clock: Clock
     ) -> None:
         self.settings, self._clock = settings, clock
         self.patience, self._access_log = settings.idle_timeout, settings.access_log
@@ -5981,7 +5891,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_port = self.server_address[1]
 
     # -- the serving thread
 
@@ -6124,7 +6034,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         """Refuse without waiting for what it asks."""
         error = JobQueueError("too_many_clients", "too many connections; try again")
         with contextlib.suppress(OSError):
-            sock.send(render(error_response(error, close=True), False, self.date))
+            sock.send(render(error_response(error), False, self.date))
             sock.shutdown(socket.SHUT_WR)
         sock.close()
 
@@ -6474,9 +6384,7 @@ class WorkerServicer:
     def FailJob(self, request: Any, context: Any) -> Any:
         """POST /api/worker/fail/<id>"""
         retry = request.retry if request.HasField("retry") else None
-        delay = (
-            self._checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
-        )
+        delay = checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
         future = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay)
         outcome = self._result(future)
         retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
@@ -6492,7 +6400,7 @@ class WorkerServicer:
 
     def ExtendLease(self, request: Any, context: Any) -> Any:
         """POST /api/worker/extend/<id>"""
-        lease = self._checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
+        lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
         job = self._engine.extend(request.job_id, request.lease_token or None, lease).job
         cancelled = job.state == "cancelled"
         return self._messages.ExtendResponse(
@@ -6501,16 +6409,8 @@ class WorkerServicer:
 
     # -- in between
 
-    @staticmethod
-    def _checked(parse: Callable, name: str, value: Any) -> Any:
-        try:
-            return parse(name, value)
-        except ValueError as error:
-            raise JobQueueError("invalid_parameter", str(error)) from None
-
     def _claim(self, request: Any, context: Any) -> Claim:
         """A JobRequest; an empty one, as the original's clients send it, asks for one job of `default` at once."""
-        checked = self._checked
         queues = tuple(dict.fromkeys(checked(_queue, "queues", queue) for queue in request.queues)) or ("default",)
         lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
         most = checked(_MAX, "max", request.max) if request.max else 1
@@ -6620,7 +6520,7 @@ class GrpcServer:
         self._server = self._grpc.server(self._pool, options=options)
         self._add_service(servicer, messages, stubs)
         self._health = self._add_health()
-        self._add_reflection(messages)
+        self._add_reflection()
         try:
             self.port = self._bind(settings)
         except BaseException:
@@ -6706,7 +6606,7 @@ class GrpcServer:
             servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         return servicer
 
-    def _add_reflection(self, messages: Any) -> None:
+    def _add_reflection(self) -> None:
         with contextlib.suppress(Exception):  # not installed: the service itself works without
             from grpc_reflection.v1alpha import reflection
 
@@ -7282,7 +7182,7 @@ class Worker:
             raise
         except Exception as error:
             log.exception("worker_failed job=%s", job.id)
-            verdict = Verdict("fail", f"{type(error).__name__}: {error}".encode(), {}, {"retry": "true"})
+            verdict = failure(f"{type(error).__name__}: {error}", retry=True)
         finally:
             beat.stop()
         if job.lost.is_set():
@@ -7329,7 +7229,7 @@ class Worker:
             self._tell(job, verdict, body)
         elif status == 413 and verdict.verb == "complete":
             reason = str(self._client.problem(status, body))
-            self._hand_in(job, Verdict("fail", reason.encode(), {}, {"retry": "false"}))
+            self._hand_in(job, failure(reason, retry=False))
         else:
             log.warning("not_accepted job=%s reason=%s", job.id, self._client.problem(status, body))
 
@@ -7348,8 +7248,14 @@ class Verdict(NamedTuple):
 
     verb: str
     body: bytes
-    headers: dict[str, str]
-    query: dict[str, str]
+    headers: dict[str, str] = {}
+    query: dict[str, str] = {}
+
+
+def failure(why: bytes | str, retry: bool, **query: str) -> Verdict:
+    """A failed attempt, for `why`; `retry`: may it be tried again?"""
+    why = why.encode() if isinstance(why, str) else why
+    return Verdict("fail", why, {}, {"retry": "true" if retry else "false", **query})
 
 
 class PolledJob:
@@ -7436,16 +7342,16 @@ def run_command(command: list[str], job: PolledJob) -> Verdict:
     except OSError as error:
         why = f"cannot run {command[0]}: {error.strerror}"
         if error.errno == errno.E2BIG:  # the job's headers do not fit the environment
-            return Verdict("fail", why.encode(), {}, {"retry": "false"})
+            return failure(why, retry=False)
         raise Refused(EXIT_USAGE, why) from None
     job.on_lost = functools.partial(_kill, process)
     if job.lost.is_set():
         _kill(process)
     output, errors = _outcome(process, job.payload)
     if process.returncode == 0:
-        return Verdict("complete", output, {}, {})
+        return Verdict("complete", output)
     text = errors[-4096:].strip() or f"{command[0]} ended with {process.returncode}".encode()
-    return Verdict("fail", text, {}, {"retry": "true" if process.returncode == EXIT_RETRY else "false"})
+    return failure(text, retry=process.returncode == EXIT_RETRY)
 
 
 def _outcome(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:
@@ -7494,19 +7400,12 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 # Of the submitter's headers, what would ask the service for something else than the whole result, as it is.
-_NOT_FORWARDED = frozenset(
-    (
-        "host",
-        "content-length",
-        "accept-encoding",
-        "range",
-        "if-match",
-        "if-none-match",
-        "if-modified-since",
-        "if-unmodified-since",
-        "if-range",
-    )
-)
+# fmt: off
+_NOT_FORWARDED = frozenset((
+    "host", "content-length", "accept-encoding", "range", "if-match", "if-none-match", "if-modified-since",
+    "if-unmodified-since", "if-range",
+))
+# fmt: on
 
 
 def forward(url: str, job: PolledJob) -> Verdict:
@@ -7514,7 +7413,7 @@ def forward(url: str, job: PolledJob) -> Verdict:
     service = Client(url)
     job.on_lost = service.abort
     if job.lost.is_set():
-        return Verdict("fail", job.why_lost.encode(), {}, {"retry": "true"})
+        return failure(job.why_lost, retry=True)
     headers = {name: value.encode() for name, value in job.headers.items() if name.lower() not in _NOT_FORWARDED}
     headers |= {"Job-Id": job.id, "Job-Queue": job.queue, "Job-Attempt": str(job.attempt)}
     parts = urllib.parse.urlsplit(url)
@@ -7524,16 +7423,15 @@ def forward(url: str, job: PolledJob) -> Verdict:
             "POST", slash + (f"?{parts.query}" if parts.query else ""), job.payload, headers, timeout=None
         )
     except Unreachable as error:
-        return Verdict("fail", str(error).encode(), {}, {"retry": "true"})
+        return failure(str(error), retry=True)
     finally:
         service.close()
     if 200 <= status < 300:
         kind = answer.get("Content-Type")
-        return Verdict("complete", body, {"Content-Type": kind} if kind else {}, {})
-    query = {"retry": "true" if status in (429, 502, 503, 504) else "false"}
-    if query["retry"] == "true" and answer.get("Retry-After", "").isdecimal():
-        query["delay"] = str(min(int(answer["Retry-After"]), 30 * DAY))
-    return Verdict("fail", f"{url} answered {status}: ".encode() + body[:4096], {}, query)
+        return Verdict("complete", body, {"Content-Type": kind} if kind else {})
+    retry, after = status in (429, 502, 503, 504), answer.get("Retry-After", "")
+    delay = {"delay": str(min(int(after), 30 * DAY))} if retry and after.isdecimal() else {}
+    return failure(f"{url} answered {status}: ".encode() + body[:4096], retry, **delay)
 
 
 # == Command line ======================================================================================================
@@ -7994,12 +7892,7 @@ def requeue(arguments: argparse.Namespace) -> int:
     if arguments.job_id:
         return _print_answer(arguments, _message, "POST", f"/api/admin/requeue/{_quoted(arguments.job_id)}")
     return _print_answer(
-        arguments,
-        _requeued,
-        "POST",
-        "/api/admin/requeue",
-        status=arguments.status,
-        queue=arguments.queue,
+        arguments, _requeued, "POST", "/api/admin/requeue", status=arguments.status, queue=arguments.queue
     )
 
 
@@ -8152,11 +8045,7 @@ def _work_flags(parser: argparse.ArgumentParser) -> None:
     _client_flags(parser)
     parser.add_argument("--queue", help="queues, comma-separated, in order (default: default)")
     parser.add_argument(
-        "--concurrency",
-        type=_flag(_MAX),
-        default=1,
-        metavar="N",
-        help="jobs at the same time (default 1)",
+        "--concurrency", type=_flag(_MAX), default=1, metavar="N", help="jobs at the same time (default 1)"
     )
     parser.add_argument(
         "--lease", type=_flag(_LEASE), metavar="S", help="seconds of a lease; it is extended while the job runs"
