@@ -2156,7 +2156,7 @@ class LocalEngine(Engine):
         job = self._find(job_id)
         if job.state == "cancelled":
             raise JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id)
-        job = self._change(job, "cancel", urgent=True, finished=self._wall)
+        job = self._change(job, "cancel", finished=self._wall)
         return self._promise(job, job.record, job_id)
 
     # -- workers
@@ -2175,7 +2175,7 @@ class LocalEngine(Engine):
             job = self._jobs.get(given.id)
             if job and job.state == "processing" and job.token == given.token:
                 with contextlib.suppress(JobQueueError):  # the disk did not take it: the lease runs out, then
-                    self._change(job, "give_back", urgent=True, settled="give_back", deliveries=job.deliveries - 1)
+                    self._change(job, "give_back", settled="give_back", deliveries=job.deliveries - 1)
 
     @_verb
     def complete(
@@ -2234,10 +2234,10 @@ class LocalEngine(Engine):
             delay = retry_delay(failures) if delay is None else delay
             if delay:
                 changes |= {"delay": delay, "available": self._wall + microseconds(delay)}
-            job = self._change(job, "retry" if delay else "retry_now", urgent=True, **changes)
+            job = self._change(job, "retry" if delay else "retry_now", **changes)
             self._totals["retries_total"] += 1
         else:
-            job = self._change(job, "fail", urgent=True, **changes, finished=self._wall)
+            job = self._change(job, "fail", **changes, finished=self._wall)
         self._count_worker(job.worker, "failed")
         return self._promise(Outcome(job), job.record, job_id)
 
@@ -2246,7 +2246,7 @@ class LocalEngine(Engine):
         job = self._find(job_id)
         if not check_lease(job, token, "release"):
             return Outcome(job, duplicate=True)
-        return Outcome(self._change(job, "release", urgent=True, settled="release", **_voided(job, token)))
+        return Outcome(self._change(job, "release", settled="release", **_voided(job, token)))
 
     @_verb
     def extend(self, job_id: str, token: str | None, lease: float | None) -> Outcome:
@@ -2257,7 +2257,7 @@ class LocalEngine(Engine):
         # Extending a lease that has run out takes that back: it was no failed attempt.
         changes = {"failures": job.failures - 1} if job.settled == "lapse" else {}
         changes |= {"settled": None, "lease_seconds": lease or job.lease_seconds, "extended": self._wall}
-        return Outcome(self._change(job, "extend", urgent=True, **changes))
+        return Outcome(self._change(job, "extend", **changes))
 
     # -- administration
 
@@ -2267,22 +2267,15 @@ class LocalEngine(Engine):
 
     @_verb
     def requeue(self, job_id: str) -> Future:
-        job = self._find(job_id)
-        job = self._change(job, "requeue", wall=self._wall, **self._afresh(job))
-        return self._promise(job, job.record, job_id)
+        seq = self._requeue([self._find(job_id)])
+        return self._promise(self._jobs[job_id], seq, job_id)
 
     @_verb
     def requeue_some(self, state: str, queue: str | None, after: int | None) -> tuple[int, int | None]:
         ids, rest = self._order.below(after, self.SWEEP)
         jobs = [job for job in map(self._jobs.get, ids) if job and job.state == state and queue in (None, job.queue)]
         if jobs:
-            fresh = [self._afresh(job) for job in jobs]
-            records = [
-                json_text({"op": "requeue", "id": job.id, **fields}) for job, fields in zip(jobs, fresh, strict=True)
-            ]
-            last = self.journal.append(*records)
-            for seq, (job, fields) in enumerate(zip(jobs, fresh, strict=True), last - len(jobs) + 1):
-                self._move(job, moved(job, "requeue", record=seq, **fields), self._wall)
+            self._requeue(jobs)
         return len(jobs), rest
 
     @_verb
@@ -2501,11 +2494,19 @@ class LocalEngine(Engine):
         """Token, seconds, worker, moment."""
         return next(self._random), claim.lease or job.lease or self._settings.lease, claim.worker, self._wall
 
-    def _change(self, job: Job, verb: str, urgent: bool = False, wall: int | None = None, **changes: Any) -> Job:
-        """Write the record, then move the job: what the disk refused did not happen. `wall`: see _enter."""
+    def _change(self, job: Job, verb: str, **changes: Any) -> Job:
+        """Write the record, then move the job: what the disk refused did not happen."""
         state = state_after(job, verb)
-        seq = self.journal.append(json_text({"op": verb, "id": job.id, **changes}), urgent=urgent)
-        return self._move(job, job.changed(state=state, record=seq, **changes), wall)
+        seq = self.journal.append(json_text({"op": verb, "id": job.id, **changes}), urgent=True)
+        return self._move(job, job.changed(state=state, record=seq, **changes))
+
+    def _requeue(self, jobs: list[Job]) -> int:
+        """Put them back in line with one write; the number of its last record."""
+        fresh = [(job, state_after(job, "requeue"), self._afresh(job)) for job in jobs]
+        last = self.journal.append(*[json_text({"op": "requeue", "id": job.id, **new}) for job, _, new in fresh])
+        for seq, (job, state, new) in enumerate(fresh, last - len(jobs) + 1):
+            self._move(job, job.changed(state=state, record=seq, **new), self._wall)
+        return last
 
     def _move(self, job: Job, new: Job, wall: int | None = None) -> Job:
         """Put the job where its new state belongs."""
@@ -2562,7 +2563,7 @@ class LocalEngine(Engine):
             self._finish_job(job, wall)
             return
         if job.ttl is not None:
-            if wall is not None:
+            if wall:
                 self._ttl_ends[job_id] = self._now + _remaining(job.expires, job.ttl, wall)
             if state != "processing":
                 self._arm(self._ttls, job_id, self._ttl_ends[job_id])
@@ -2950,28 +2951,28 @@ class LocalEngine(Engine):
         self._round_off()
 
     def _delay_over(self, job_id: str) -> None:
-        self._change(self._jobs[job_id], "ripen", urgent=True)
+        self._change(self._jobs[job_id], "ripen")
 
     def _lease_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
         lost = {"failures": job.failures + 1, "settled": "lapse"}
         if job.failures + 1 >= job.attempts:
             error = f"the lease of {job.lease_seconds:g} s ran out on attempt {job.failures + 1}"
-            self._change(job, "fail", urgent=True, **lost, error=error, finished=self._wall)
+            self._change(job, "fail", **lost, error=error, finished=self._wall)
         else:
-            self._change(job, "lapse", urgent=True, **lost)
+            self._change(job, "lapse", **lost)
         self._totals["leases_lapsed_total"] += 1
 
     def _ttl_over(self, job_id: str) -> None:
         job = self._jobs[job_id]
         if job.state != "processing":  # a worker that has it may still complete it
-            self._change(job, "expire", urgent=True, finished=self._wall)
+            self._change(job, "expire", finished=self._wall)
 
     def _untied(self, job_id: str) -> None:
         job = self._jobs.get(job_id)
         watched = any(watcher.future and not watcher.future.done() for watcher in self._watchers.get(job_id, ()))
         if job and job.state not in FINAL and not watched:
-            self._change(job, "cancel", urgent=True, finished=self._wall)
+            self._change(job, "cancel", finished=self._wall)
 
     def _poll_over(self, waiter: _Waiter) -> None:
         if waiter.future.claim():
@@ -5157,20 +5158,16 @@ class _Chunks:
         while True:
             if self.trailers:
                 return self._skip_trailers(buffer)
-            if self.left:
-                if not self._take(buffer):
-                    return False
-                continue
-            end = buffer.find(b"\r\n", 0, 1024)
-            if end < 0:
-                if len(buffer) >= 1024 or _BARE.search(buffer):
-                    raise _bad_http("a chunk's size line is malformed")
+            if self.left and not self._take(buffer):
                 return False
-            match = _CHUNK_SIZE.fullmatch(buffer, 0, end + 2)
+            end = buffer.find(b"\r\n", 0, 1024) + 2
+            if end < 2 and len(buffer) < 1024 and not _BARE.search(buffer):
+                return False  # not whole yet
+            match = _CHUNK_SIZE.fullmatch(buffer, 0, end)
             if match is None:
                 raise _bad_http("a chunk's size line is malformed")
             size = int(match[1], 16)
-            del buffer[: end + 2]
+            del buffer[:end]
             if size == 0:
                 self.trailers = True
             elif len(self.body) + size > self.limit:
@@ -5179,17 +5176,14 @@ class _Chunks:
                 self.left = size + 2
 
     def _take(self, buffer: bytearray) -> bool:
-        if self.left > 2:
-            data = buffer[: self.left - 2]
-            self.body += data
-            self.left -= len(data)
-            del buffer[: len(data)]
-        if self.left > 2 or len(buffer) < 2:
-            if buffer and buffer[:1] != b"\r":
-                raise _bad_http("a chunk is longer than its size")
-            return False
-        if buffer[:2] != b"\r\n":
+        data = buffer[: self.left - 2]
+        self.body += data
+        self.left -= len(data)
+        del buffer[: len(data)]
+        if not b"\r\n".startswith(buffer[:2]):
             raise _bad_http("a chunk is longer than its size")
+        if self.left > 2 or len(buffer) < 2:
+            return False
         del buffer[:2]
         self.left = 0
         return True
@@ -5490,7 +5484,7 @@ class Connection:
 
     def _read_head(self) -> bool:
         buffer = self._buffer
-        if buffer[0] == 13 and buffer[:2] == b"\r\n":  # an empty line before a request is forgiven (RFC 9112, 2.2)
+        if buffer.startswith(b"\r\n"):  # an empty line before a request is forgiven (RFC 9112, 2.2)
             del buffer[:2]
         end = buffer.find(b"\r\n\r\n")
         settings = self._server.settings
@@ -5501,14 +5495,11 @@ class Connection:
             return False
         block = bytes(buffer[: end + 2])
         del buffer[: end + 4]
-        self._started, self._refusal = self._server.now, None
+        self._started, self._refusal, self._looked_at = self._server.now, None, 0
         try:
             plan, *self._own = self._server.plan_of(block, self.peer)
         except JobQueueError as error:
-            plan = self._plan = error.plan
-            if not plan.framed:
-                raise
-            self._refusal = error
+            plan, self._refusal = error.plan, error
         self._plan, self._keep = plan, plan.keep
         self._frame(plan)
         return True
@@ -5522,7 +5513,7 @@ class Connection:
             raise JobQueueError("headers_too_large", f"the headers are larger than {settings.max_headers} bytes")
         if end < 0 and _BARE.search(buffer, self._looked_at):
             raise _bad_http("a line ends in something else than CR LF")
-        self._looked_at = max(0, len(buffer) - 1) if end < 0 else 0
+        self._looked_at = max(0, len(buffer) - 1)
 
     def _expect_within(self, seconds: float) -> None:
         """A deadline for what is being read: absolute, so that dripping does not move it."""
@@ -5538,6 +5529,8 @@ class Connection:
 
     def _frame(self, plan: Plan) -> None:
         """Get ready to read the body, or refuse at once where reading on would be in vain."""
+        if not plan.framed:
+            raise self._refusal
         head, limit = plan.head, plan.limit
         length = head.length or 0
         if self._refusal is not None and (head.expect or head.chunked or length > limit):
