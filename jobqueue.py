@@ -497,6 +497,7 @@ class Job(NamedTuple):
         return self.size() + len(self.result or b"") + len(self.error or "")
 
 
+_NEW = tuple(Job._field_defaults.values())[3:]  # from its state on
 _FIELD_INDEX = {name: index for index, name in enumerate(Job._fields)}
 _MOMENTS = [_FIELD_INDEX[name] for name in ("created", "started", "available", "expires", "extended", "finished")]
 
@@ -1898,10 +1899,11 @@ def _verb(method: Callable) -> Callable:
     def call(self: LocalEngine, *args: Any) -> Any:
         try:
             with self._lock:
-                self._now, self._wall = self._clock.monotonic(), int(self._clock.time() * 1_000_000)
-                if not -_SET < self._wall - self._now * 1e6 - self._ahead < _SET:
+                self._now = now = self._clock.monotonic()
+                self._wall = wall = int(self._clock.time() * 1_000_000)
+                if not -_SET < wall - now * 1e6 - self._ahead < _SET:
                     self._clock_was_set()
-                if self._now >= self._alarm:
+                if now >= self._alarm:
                     self._settle_due()
                 if self._closed:
                     raise JobQueueError("draining", "the server has stopped")
@@ -2447,7 +2449,8 @@ class LocalEngine(Engine):
         wall = self._wall
         queue, priority, headers, attempts, lease, ttl, delay, key = terms
         job_id = _uuid(next(self._random) + next(self._random))
-        job = Job(number, job_id, queue, priority, wall, payload, kind, headers, attempts, lease, ttl, key)
+        said = (number, job_id, queue, priority, wall, payload, kind, headers, attempts, lease, ttl, key)
+        job = _make(Job, said + _NEW)
         if delay:
             job = job.changed(state="delayed", delay=delay, available=wall + microseconds(delay))
         return job if ttl is None else job.changed(expires=wall + microseconds(ttl))
@@ -3366,13 +3369,14 @@ class Asked:
         self.prepared: Any = None  # by HttpApi.prepare_<handler>
 
 
-class Request:
+class Request(NamedTuple):
     """One request: what its head says, and what it has of its own."""
 
-    __slots__ = ("asked", "job_id", "token", "body", "crowded")
-
-    def __init__(self, asked: Asked, job_id: str | None, token: str | None, body: bytes, crowded: bool) -> None:
-        self.asked, self.job_id, self.token, self.body, self.crowded = asked, job_id, token, body, crowded
+    asked: Asked
+    job_id: str | None
+    token: str | None  # of the lease
+    body: bytes
+    crowded: bool  # do as many clients wait as may?
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -5568,7 +5572,7 @@ class Connection:
 
     def _dispatch(self, plan: Plan, job_id: str | None, token: str | None, body: bytes) -> None:
         server = self._server
-        request = Request(plan.asked, job_id, token, body, server.held >= server.max_held)
+        request = _make(Request, (plan.asked, job_id, token, body, server.held >= server.max_held))
         if plan.route.slow:
             self.state = _HELD
             server.process_request((plan, request), self)
@@ -5581,17 +5585,17 @@ class Connection:
 
     def take(self, answer: Response | Later) -> None:
         """The handler's answer, or the promise of one."""
-        if self.state == _CLOSED:
-            if isinstance(answer, Later):
+        if isinstance(answer, Later):
+            if self.state == _CLOSED:
                 answer.future.cancel()
-        elif isinstance(answer, Response):
-            self.state = _READING
-            self._respond(answer)
-            self._go_on()
-        else:
+                return
             self.state, self._later = _HELD, answer
             self._server.held += self._plan.holds
             answer.future.add_done_callback(self._ended)
+        elif self.state != _CLOSED:
+            self.state = _READING
+            self._respond(answer)
+            self._go_on()
 
     def _ended(self, future: Future) -> None:
         """Called in whatever thread has the answer."""
@@ -5611,15 +5615,15 @@ class Connection:
     def _answer(self, later: Later) -> None:
         self.state = _READING
         value = later.future.outcome
-        if later.lost is not None:
-            if later.long and self._peer_left():
-                self._lose(later, value)
-                self.close()
-                return
-            self._unsent = (later, value)  # until all of it is written
-        self._respond(self._server.shape(later, value))
-        if not self._out:
-            self._unsent = None
+        if later.lost and self._peer_left():
+            self.close()
+        else:
+            self._respond(self._server.shape(later, value))
+        if self.state == _CLOSED:
+            self._lose(later, value)
+        elif self._out:
+            self._unsent = (later, value)
+        else:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -5650,7 +5654,7 @@ class Connection:
         keep = self._keep and not (response.close or server.stopping)
         server.count(plan, response.status, self._started, self.peer)
         self._plan = self._refusal = None
-        self._started = self._lingered = 0
+        self._started = 0
         data = render(response, keep, server.date, plan.version)
         if plan.is_head:
             data = data[: data.index(b"\r\n\r\n") + 4]
