@@ -454,7 +454,7 @@ class Job(NamedTuple):
     result_kind: str | None = None
     content_type: str | None = None  # of the result
     error: str | None = None
-    record: int = 0  # of the journal: what an answer about this state has to wait for
+    seq: int = 0  # of its last record in the journal: what an answer about this state has to wait for
 
     def changed(self, **changes: Any) -> Job:
         """As _replace does it, in a third of the time."""
@@ -463,21 +463,21 @@ class Job(NamedTuple):
             values[_FIELD_INDEX[name]] = value
         return _make(Job, values)
 
-    def recorded(self, record: int) -> Job:
+    def recorded(self, seq: int) -> Job:
         """The same, with the number of its record."""
-        return _make(Job, (*self[:29], record))
+        return _make(Job, (*self[:29], seq))
 
-    def leased(self, token: str, seconds: float, worker: str, started: int, record: int) -> Job:
+    def leased(self, token: str, seconds: float, worker: str, started: int, seq: int) -> Job:
         """As moved by `lease`; spelled out, since every job goes this way, as the next one."""
         fresh = (state_after(self, "lease"), token, seconds, None, worker, started, self.deliveries + 1)
-        return _make(Job, (*self[:12], *fresh, *self[19:29], record))
+        return _make(Job, (*self[:12], *fresh, *self[19:29], seq))
 
     def completed(
-        self, token: str | None, finished: int, result: bytes, kind: str, content_type: str | None, record: int
+        self, token: str | None, finished: int, result: bytes, kind: str, content_type: str | None, seq: int
     ) -> Job:
         """As moved by `complete`; `token` is the lease's, or None where it is void from now on."""
         fresh = (state_after(self, "complete"), token, self.lease_seconds, "complete")
-        end = (finished, result, kind, content_type, self.error, record)
+        end = (finished, result, kind, content_type, self.error, seq)
         return _make(Job, (*self[:12], *fresh, *self[16:24], *end))
 
     def shifted(self, shift: int) -> Job:
@@ -2159,7 +2159,7 @@ class LocalEngine(Engine):
         if job.state == "cancelled":
             raise JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id)
         job = self._change(job, "cancel", finished=self._wall)
-        return self._promise(job, job.record, job_id)
+        return self._promise(job, job.seq, job_id)
 
     # -- workers
 
@@ -2188,7 +2188,7 @@ class LocalEngine(Engine):
             self._see_worker(claim)
         duplicate = not self._may_complete(job, token)
         if duplicate:
-            jobs, seq = self._take_if_possible(claim), job.record
+            jobs, seq = self._take_if_possible(claim), job.seq
         else:
             end = (token and job.token, self._wall, result, kind, content_type)
             late = job.state == "pending"  # it stands in line itself until that is written
@@ -2221,14 +2221,14 @@ class LocalEngine(Engine):
             except JobQueueError as error:
                 outcomes.append(error)
         self._complete_batch(batch, outcomes)
-        done = [outcome.job.record for outcome in outcomes if isinstance(outcome, Outcome)]
+        done = [outcome.job.seq for outcome in outcomes if isinstance(outcome, Outcome)]
         return self._promise(outcomes, max(done, default=0))
 
     @_verb
     def fail(self, job_id: str, token: str | None, error: str, retry: bool, delay: float | None) -> Future:
         job = self._find(job_id)
         if not check_lease(job, token, "fail"):
-            return self._promise(Outcome(job, duplicate=True), job.record, job_id)
+            return self._promise(Outcome(job, duplicate=True), job.seq, job_id)
         # A lease that ran out was counted as a failed attempt then; its late error is not a second one.
         failures = job.failures + (job.settled != "lapse")
         changes = {"settled": "fail", "failures": failures, "error": error, **_voided(job, token)}
@@ -2241,7 +2241,7 @@ class LocalEngine(Engine):
         else:
             job = self._change(job, "fail", **changes, finished=self._wall)
         self._count_worker(job.worker, "failed")
-        return self._promise(Outcome(job), job.record, job_id)
+        return self._promise(Outcome(job), job.seq, job_id)
 
     @_verb
     def release(self, job_id: str, token: str | None) -> Outcome:
@@ -2413,7 +2413,7 @@ class LocalEngine(Engine):
                 job = self._jobs[job_id]
                 # After a disk failure nothing more is acknowledged, not even what is on the disk.
                 value = self.journal.unknown(job_id) if self.journal.failure else watcher.answer(job)
-                self._answer_watcher(watcher, value, job.record)
+                self._answer_watcher(watcher, value, job.seq)
 
     @_verb
     def _untie(self, job_id: str) -> None:
@@ -2501,14 +2501,14 @@ class LocalEngine(Engine):
         """Write the record, then move the job: what the disk refused did not happen."""
         state = state_after(job, verb)
         seq = self.journal.append(json_text({"op": verb, "id": job.id, **changes}), urgent=True)
-        return self._move(job, job.changed(state=state, record=seq, **changes))
+        return self._move(job, job.changed(state=state, seq=seq, **changes))
 
     def _requeue(self, jobs: list[Job]) -> int:
         """Put them back in line with one write; the number of its last record."""
         fresh = [(job, state_after(job, "requeue"), self._afresh(job)) for job in jobs]
         last = self.journal.append(*[json_text({"op": "requeue", "id": job.id, **new}) for job, _, new in fresh])
         for seq, (job, state, new) in enumerate(fresh, last - len(jobs) + 1):
-            self._move(job, job.changed(state=state, record=seq, **new), self._wall)
+            self._move(job, job.changed(state=state, seq=seq, **new), self._wall)
         return last
 
     def _move(self, job: Job, new: Job, wall: int | None = None) -> Job:
@@ -2595,7 +2595,7 @@ class LocalEngine(Engine):
             return
         self._totals[_ENDED[job.state]] += 1
         for watcher in self._watchers.pop(job.id, ()):
-            self._answer_watcher(watcher, watcher.answer(job), job.record)
+            self._answer_watcher(watcher, watcher.answer(job), job.seq)
         self._forget_old()
 
     def _afresh(self, job: Job) -> dict[str, Any]:
@@ -2612,11 +2612,11 @@ class LocalEngine(Engine):
         self._totals["duplicate_completions_total"] += 1
         return False
 
-    def _completed(self, job: Job, end: tuple, record: int) -> Job:
+    def _completed(self, job: Job, end: tuple, seq: int) -> Job:
         """The job's end is written: as what it ends."""
         self._totals["late_completions_total"] += job.settled == "lapse"
         self._count_worker(job.worker, "completed")
-        return self._move(job, job.completed(*end, record))
+        return self._move(job, job.completed(*end, seq))
 
     def _complete_batch(self, batch: dict[str, tuple], outcomes: list[Outcome | JobQueueError]) -> None:
         """Complete these with one write, or one by one where the disk has no room for all; each outcome goes to its
@@ -2857,7 +2857,7 @@ class LocalEngine(Engine):
     def _watch(self, job: Job, wait: float | None, answer: Callable[[Job], Any], tied: bool = False) -> Future:
         """A future of the job: final, or as it stands when the wait is over."""
         if job.state in FINAL or wait == 0:
-            return self._promise(answer(job), job.record, job.id)
+            return self._promise(answer(job), job.seq, job.id)
         future = Future()
         future.job_id = job.id
         watcher = _Waiter(future, answer, job_id=job.id)
@@ -2989,7 +2989,7 @@ class LocalEngine(Engine):
         watchers.remove(watcher)
         if not watchers:
             del self._watchers[job.id]
-        self._answer_watcher(watcher, watcher.answer(job), job.record)
+        self._answer_watcher(watcher, watcher.answer(job), job.seq)
 
     def _time_forever(self) -> None:
         while True:

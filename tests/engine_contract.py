@@ -180,7 +180,7 @@ class Queue:
 
 def durable(job: Job) -> Job:
     """A job without what lives in memory only."""
-    return job._replace(record=0)
+    return job._replace(seq=0)
 
 
 # Each way in which a job comes (back) into line: (name, what stands before, the event). The event gets what stood.

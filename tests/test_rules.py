@@ -427,7 +427,7 @@ def jobs(draw) -> jobqueue.Job:
         settled=draw(maybe(st.sampled_from(SETTLED_BY[1:]))), worker=draw(maybe(utf8)),
         started=draw(maybe(moments)), finished=draw(maybe(moments)), result=result, result_kind=result_kind,
         content_type=draw(maybe(utf8)),
-        error=draw(maybe(utf8)), record=draw(st.integers(0, 1 << 40)),
+        error=draw(maybe(utf8)), seq=draw(st.integers(0, 1 << 40)),
     )  # fmt: skip
 
 
@@ -440,18 +440,18 @@ def test_the_ways_of_every_job_are_those_of_the_table(job, token, seconds, worke
         "token": "token", "lease_seconds": seconds, "settled": None, "worker": worker, "started": moment,
         "deliveries": job.deliveries + 1,
     }  # fmt: skip
-    assert leased == moved(job, "lease", **lease, record=8)
+    assert leased == moved(job, "lease", **lease, seq=8)
     record = json.loads(jobqueue.lease_record(job, "token", seconds, worker, moment))
     assert record == {"op": "lease", "id": job.id, **lease}
     end = {"settled": "complete", "finished": moment, "result": body[0], "result_kind": body[1]}
     ended = leased.completed(token, moment, *body, content_type, 9)
-    assert ended == moved(leased, "complete", **end, token=token, content_type=content_type, record=9)
+    assert ended == moved(leased, "complete", **end, token=token, content_type=content_type, seq=9)
     record = json.loads(jobqueue.complete_record(leased, token, moment, *body, content_type))
     assert moved(leased, record.pop("op"), **jobqueue.unpack({**record, "id": job.id})) == ended._replace(
-        record=8, token=None if token is None else "token",
+        seq=8, token=None if token is None else "token",
         content_type=job.content_type if content_type is None else content_type,
     )  # fmt: skip
-    assert job.recorded(5) == job._replace(record=5)
+    assert job.recorded(5) == job._replace(seq=5)
 
 
 @given(jobs())
@@ -473,4 +473,4 @@ def test_a_job_comes_back_from_its_record_as_it_was(job):
     record = json.loads(line)
     for name in ("crc", "seq", "synced", "op"):
         del record[name]
-    assert jobqueue.Job(**jobqueue.unpack(record)) == job._replace(record=0)
+    assert jobqueue.Job(**jobqueue.unpack(record)) == job._replace(seq=0)
