@@ -586,7 +586,7 @@ def _is_json(text: str) -> bool:
 # What follows is for JSON nested deeper than Python's parser can follow. A loop over its tokens would stop everybody
 # else for seconds; so each step below runs over all of it at C's speed.
 _NOT_IN_JSON = bytes({*range(32)} - {*b"\t\n\r"})  # \0, \1 and \2 are free to stand for something, then
-_ESCAPES = (rb"\\", rb"\"", rb"\/", rb"\b", rb"\f", rb"\n", rb"\r", rb"\t")  # \\ first: what it ends escapes nothing
+_ESCAPES = (rb"\\", rb"\"", rb"\/", rb"\b", rb"\f", rb"\n", rb"\r", rb"\t")  # \\ first: its second half begins no other escape
 _ESCAPED_CODE = re.compile(rb"\\u[0-9A-Fa-f]{4}")
 _LONG_NUMBER = re.compile(rb"[0-9](?=[0-9.eE])(?:(?<!0)[0-9]*)?(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
@@ -1120,8 +1120,8 @@ class Journal:
     """The file of a data folder: read it, append to it, wait for the disk, compact it, close it.
 
     `fsync` is `always`, `interval` or `never`. `failed` is called once, under whatever lock, when the disk cannot be
-    trusted any more; `full`, under the engine's, whenever it refuses a write. Append and settle are called under
-    `lock`, the engine's, so their order is its order.
+    trusted any more; `full`, under the engine's, whenever it refuses a write. Append and after_sync are called
+    under `lock`, the engine's, so their order is its order.
     """
 
     VERSION = 1
@@ -1390,8 +1390,8 @@ class Journal:
             self._fail(error)
             raise self.unknown(None) from None
 
-    def settle(self, future: Future, value: Any, seq: int, job_id: str | None = None) -> bool:
-        """Answer `future` with `value` once record `seq` is on the disk; True when the answer may be given now.
+    def after_sync(self, future: Future, value: Any, seq: int, job_id: str | None = None) -> bool:
+        """Have `future` answered with `value` once record `seq` is on the disk; True: it is, and the caller answers.
 
         `job_id` is told to the caller when the disk fails instead.
         """
@@ -1892,7 +1892,7 @@ class _Order:
 
 
 def _verb(method: Callable) -> Callable:
-    """A verb takes the lock once, and happens at one moment. Before it, what the clock has brought is settled; after
+    """A verb takes the lock once, and happens at one moment. Before it, what the clock has brought happens; after
     it, what it made pending is handed to the polls that wait, and when the lock is free, who gets an answer gets it."""
 
     @functools.wraps(method)
@@ -1904,13 +1904,13 @@ def _verb(method: Callable) -> Callable:
                 if not -_SET < wall - now * 1e6 - self._ahead < _SET:
                     self._clock_was_set()
                 if now >= self._alarm:
-                    self._settle_due()
+                    self._ring()
                 if self._closed:
                     raise JobQueueError("draining", "the server has stopped")
                 try:
                     return method(self, *args)
                 finally:
-                    if self._due or self._drained is not None or self.journal.size > self._compact_size:
+                    if self._filled or self._drained is not None or self.journal.size > self._compact_size:
                         self._round_off()
         finally:
             if self._ready:
@@ -1944,9 +1944,9 @@ class LocalEngine(Engine):
         "_settings", "_clock", "_failed", "_lock", "journal", "_last_number", "_all_paused", "_jobs", "_order",
         "_lanes", "_keys", "_ttl_ends", "_unfinished", "_unfinished_bytes", "_finished_bytes", "_random", "_delays",
         "_leases", "_ttls", "_polls", "_holds", "_unties", "_kept", "_forget_at", "_watchers", "_clients", "_pollers",
-        "_due", "_ready", "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then",
+        "_filled", "_ready", "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then",
         "_inflation", "_workers", "_totals", "_waits", "_ahead", "_now", "_wall", "_alarm", "_timer", "_timer_thread",
-        "_verbs_at_due",
+        "_alarms",
     )
     # fmt: on
 
@@ -1973,7 +1973,7 @@ class LocalEngine(Engine):
         self._forget_at = math.inf  # when the next of them has been kept for long enough
         self._watchers: dict[str, list[_Waiter]] = {}
         self._clients, self._pollers = _Crowd(self._sweep_clients), _Crowd(self._sweep_pollers)
-        self._due: list[_Lane] = []  # lanes with something new for the polls that wait
+        self._filled: list[_Lane] = []  # lanes with something new for the polls that wait
         self._ready: collections.deque[tuple[Future, Any]] = collections.deque()  # answers to give without the lock
         self._drained: Future | None = None
         self._closed = False
@@ -1990,7 +1990,7 @@ class LocalEngine(Engine):
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
         self._timer_thread = threading.Thread(target=self._time_forever, name="jobqueue-timer", daemon=True)
-        self._verbs_at_due = (
+        self._alarms = (
             (self._ttls, self._ttl_over),
             (self._delays, self._delay_over),
             (self._leases, self._lease_over),
@@ -2284,7 +2284,7 @@ class LocalEngine(Engine):
     def pause(self, queue: str | None, paused: bool) -> Future:
         seq = self.journal.append(json_text({"op": "pause", "queue": queue, "paused": paused}), urgent=True)
         self._set_paused(queue, paused)
-        self._due.extend(self._lanes.values())
+        self._filled.extend(self._lanes.values())
         for lane in list(self._lanes.values()):
             self._drop_if_empty(lane)
         names: Any = "all" if self._all_paused else sorted(lane.name for lane in self._lanes.values() if lane.paused)
@@ -2527,8 +2527,8 @@ class LocalEngine(Engine):
 
     def _round_off(self) -> None:
         """The end of each verb."""
-        while self._due:
-            lanes, self._due = list(dict.fromkeys(self._due)), []
+        while self._filled:
+            lanes, self._filled = list(dict.fromkeys(self._filled)), []
             while lanes := [lane for lane in lanes if lane.waiters and self._first(lane)]:
                 # Of several queues that filled at once, the poll that waits longest is served first.
                 self._offer(min(lanes, key=lambda lane: next(iter(lane.waiters)).number))
@@ -2573,7 +2573,7 @@ class LocalEngine(Engine):
         if state == "pending":
             self._line_up(lane, job)
             if lane.waiters:
-                self._due.append(lane)
+                self._filled.append(lane)
         elif state == "delayed":
             left = _remaining(job.available, job.delay, wall) if wall else job.delay
             self._arm(self._delays, job_id, self._now + left)
@@ -2811,7 +2811,7 @@ class LocalEngine(Engine):
     def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: JobQueueError | None = None) -> None:
         """Its future is claimed."""
         self._pollers.count -= 1
-        self._settle(waiter.future, *waiter.answer(jobs, error), waiter.job_id)
+        self._answer(waiter.future, *waiter.answer(jobs, error), waiter.job_id)
         self._drop_poll(waiter)
 
     def _drop_poll(self, waiter: _Waiter) -> None:
@@ -2840,9 +2840,9 @@ class LocalEngine(Engine):
 
     # -- the lock is held: who waits
 
-    def _settle(self, future: Future, value: Any, seq: int, job_id: str | None = None) -> None:
+    def _answer(self, future: Future, value: Any, seq: int, job_id: str | None = None) -> None:
         """Answer a claimed future: after the sync where it has to wait for one, else when the lock is free."""
-        if self.journal.settle(future, value, seq, job_id):
+        if self.journal.after_sync(future, value, seq, job_id):
             self._ready.append((future, value))
 
     def _promise(self, value: Any, seq: int, job_id: str | None = None) -> Future:
@@ -2850,7 +2850,7 @@ class LocalEngine(Engine):
         future = Future()
         future.job_id = job_id
         future.claim()
-        if self.journal.settle(future, value, seq, job_id):
+        if self.journal.after_sync(future, value, seq, job_id):
             future.set_result(value)  # nobody has it yet, so this calls nobody
         return future
 
@@ -2872,7 +2872,7 @@ class LocalEngine(Engine):
     def _answer_watcher(self, watcher: _Waiter, value: Any, seq: int) -> None:
         if watcher.future and watcher.future.claim():
             self._clients.count -= 1
-            self._settle(watcher.future, value, seq, watcher.job_id)
+            self._answer(watcher.future, value, seq, watcher.job_id)
         self._holds.cancel(watcher)
         watcher.future = watcher.answer = None
 
@@ -2930,21 +2930,21 @@ class LocalEngine(Engine):
             self._timer.notify()
 
     def _set_alarm(self) -> None:
-        self._alarm = min(self._forget_at, *(timers.first() for timers, _ in self._verbs_at_due))
+        self._alarm = min(self._forget_at, *(timers.first() for timers, _ in self._alarms))
 
-    def _settle_due(self) -> None:
+    def _ring(self) -> None:
         """What the clock has brought, kind by kind; a full disk is tried again a second later."""
         now, again = self._now, 0.0
-        for timers, settle in self._verbs_at_due:
+        for timers, verb in self._alarms:
             for _ in range(self.SWEEP):
                 key = timers.pop_due(now)
                 if key is None:
                     break
                 try:
-                    settle(key)
+                    verb(key)
                 except JobQueueError as error:
                     if error.code == "disk_full":  # a disk that failed has been told of, once
-                        log.error("not_settled reason=%s", error)
+                        log.error("not_done_in_time reason=%s", error)
                     timers.set(key, now + 1)
                     again = now + 1
                     break
@@ -3459,7 +3459,7 @@ _PREFERENCE = re.compile(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+')  # of a list: a comma
 class HttpApi:
     """The handlers of ROUTES."""
 
-    def __init__(self, service: JobService, pages: dict[str, Callable[[], Response]]) -> None:
+    def __init__(self, service: JobService, pages: dict[str, Callable[[Request], Response]]) -> None:
         self._service, self._engine = service, service.engine
         vars(self).update(pages)
 
@@ -5210,8 +5210,8 @@ class _Chunks:
 
 
 class Plan:
-    """What the head of a request asks for, as far as it was understood. It is kept by the bytes of the head, of those
-    of workers' calls without what each has of its own."""
+    """What the head of a request asks for, as far as it was understood. Kept by the bytes of its head; of workers'
+    calls, by those without the job's id and lease token (_OWN)."""
 
     # fmt: off
     __slots__ = (
@@ -6666,7 +6666,7 @@ class Server:
         if self._started:
             raise RuntimeError("a Server is started once; make another one")
         settings = self.settings
-        tls_context(settings)
+        tls_context(settings)  # what is wrong with these files is told before the journal is read
         Access(settings.tokens)
         self.engine = LocalEngine(settings, self.clock, self._disk_failed)
         try:
@@ -7909,15 +7909,15 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 def pause(arguments: argparse.Namespace) -> int:
     """Hand out no more jobs of a queue, or of all."""
-    return _hand_out(arguments, "pause")
+    return _set_paused(arguments, "pause")
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Hand out again."""
-    return _hand_out(arguments, "resume")
+    return _set_paused(arguments, "resume")
 
 
-def _hand_out(arguments: argparse.Namespace, verb: str) -> int:
+def _set_paused(arguments: argparse.Namespace, verb: str) -> int:
     return _print_answer(arguments, _paused, "POST", f"/api/admin/{verb}", queue=arguments.queue)
 
 
