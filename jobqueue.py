@@ -586,7 +586,7 @@ def _is_json(text: str) -> bool:
 # What follows is for JSON nested deeper than Python's parser can follow. A loop over its tokens would stop everybody
 # else for seconds; so each step below runs over all of it at C's speed.
 _NOT_IN_JSON = bytes({*range(32)} - {*b"\t\n\r"})  # \0, \1 and \2 are free to stand for something, then
-_ESCAPES = (rb"\\", rb"\"", rb"\/", rb"\b", rb"\f", rb"\n", rb"\r", rb"\t")  # \\ first: its second half begins no other escape
+_ESCAPES = (rb"\\", rb"\"", rb"\/", rb"\b", rb"\f", rb"\n", rb"\r", rb"\t")  # \\ first: its second half begins none
 _ESCAPED_CODE = re.compile(rb"\\u[0-9A-Fa-f]{4}")
 _LONG_NUMBER = re.compile(rb"[0-9](?=[0-9.eE])(?:(?<!0)[0-9]*)?(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
@@ -5831,7 +5831,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
         "_longest_idle", "held", "stopping", "now", "_second", "date", "_posted", "_awake", "_together", "_wake_in",
-        "_wake_out", "_serving",
+        "_wake_out", "_serving", "_paused",
     )
     # fmt: on
 
@@ -5862,7 +5862,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.now = clock.monotonic()
         self._second, self.date = 0, ""  # the Date header of this second
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
-        self._awake = self._together = False
+        self._awake = self._together = self._paused = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._serving = 0  # the ident of the serving thread
         if ":" in address[0]:
@@ -6041,16 +6041,21 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._pause()
 
     def _pause(self) -> None:
+        """Accept nothing for a while, or until a connection closes."""
         self.selector.unregister(self.socket)
+        self._paused = True
         self.arm(self, self.now + 0.25)
 
     def expire(self, now: float) -> None:
+        self._paused = False
         if self.socket.fileno() >= 0 and not self.stopping:
             self.selector.register(self.socket, _READ, self._accept)
 
     def forget(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.timers.cancel(connection)
+        if self._paused:
+            self.arm(self, self.now)
 
     # -- a request
 
@@ -7427,7 +7432,7 @@ def forward(url: str, job: PolledJob) -> Verdict:
         kind = answer.get("Content-Type")
         return Verdict("complete", body, {"Content-Type": kind} if kind else {})
     retry, after = status in (429, 502, 503, 504), answer.get("Retry-After", "")
-    delay = {"delay": str(min(int(after), 30 * DAY))} if retry and after.isdecimal() else {}
+    delay = {"delay": str(min(int(after[:20]), 30 * DAY))} if retry and after.isdecimal() else {}
     return failure(f"{url} answered {status}: ".encode() + body[:4096], retry, **delay)
 
 
@@ -7937,10 +7942,13 @@ def check(arguments: argparse.Namespace) -> int:
     states: dict[str, str] = {}
     try:
         for record in reader:
-            ops[record["op"]] += 1
             if arguments.dump:
                 _write(json_text(record).encode() + b"\n", flush=False)
-            _follow(states, record)
+            try:
+                ops[record["op"]] += 1
+                _follow(states, record)
+            except (LookupError, TypeError):
+                raise DataError(f"record {reader.seq} does not follow from those before it; --dump shows it") from None
     except FileNotFoundError:
         raise DataError(f"there is no {path}") from None
     finally:
@@ -7977,10 +7985,7 @@ def _follow(states: dict[str, str], record: dict[str, Any]) -> None:
     elif op == "clear":
         states.clear()
     elif "id" in record:
-        state = TRANSITIONS.get((states.get(record["id"]), op))
-        if state is None:
-            raise DataError(f"record {record['seq']} does not follow from those before it; --dump shows it")
-        states[record["id"]] = state
+        states[record["id"]] = TRANSITIONS[states[record["id"]], op]
 
 
 def token(arguments: argparse.Namespace) -> int:
