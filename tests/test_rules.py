@@ -226,6 +226,33 @@ def test_a_retry_waits_twice_as_long_each_time_up_to_300_seconds_give_or_take_a_
     assert seconds * 1.1 < max(delays) <= seconds * 1.2
 
 
+# -- what holds where nothing else was said
+
+KIB, MIB, HOUR, DAY = 1024, 1024**2, 3600, 24 * 3600
+
+# What users were promised: written out by hand, since whoever has not set a figure relies on it.
+DEFAULTS = {
+    "host": "127.0.0.1", "port": 3000, "grpc_port": 50051, "data_dir": "data",
+    "tokens": None, "tls_cert": None, "tls_key": None, "tls_client_ca": None, "allow_host": (), "insecure": False,
+    "lease": 300, "attempts": 3, "drain": 30,
+    "fsync": "always", "fsync_interval": 0.05, "reserve": 1 * MIB,
+    "keep_completed": 1 * HOUR, "keep_failed": 7 * DAY, "keep_jobs": 10_000, "keep_bytes": 256 * MIB,
+    # 4 MiB less 64 KiB: with its headers it fits what a gRPC client takes.
+    "max_payload": 4_128_768, "max_batch": 16 * MIB, "max_request_line": 8 * KIB, "max_headers": 32 * KIB,
+    "max_connections": 4096, "max_held": 3072, "max_jobs": 2_000_000, "max_bytes": 1024 * MIB,
+    "header_timeout": 10, "body_timeout": 10, "idle_timeout": 120,
+    "access_log": False, "log_format": "text", "log_level": "info",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_not_set_is_what_was_promised(name):
+    (setting,) = [setting for setting in jobqueue.SETTINGS if setting.name == name]
+    assert setting.default == DEFAULTS[name]
+    assert type(setting.default) is type(DEFAULTS[name])  # False is 0, else
+    assert getattr(jobqueue.Settings(), name) == DEFAULTS[name]
+
+
 # -- payloads
 
 json_values = st.recursive(
