@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import threading
 
 import pytest
@@ -393,6 +394,51 @@ def test_an_acknowledgement_waits_for_a_slow_disk_and_a_hand_over_does_not(tmp_p
         for poll in load.history.of("poll"):
             assert poll.ended - poll.started < SLOW, f"a hand-over waited for the disk: {poll}"
         check(load.history, server.port)
+
+
+def synced_all_it_wrote(trace, pid):
+    """True where the last thing that this thread did to a file, and that has come to its end, is a sync and no write.
+
+    The committing thread is another one: it writes on its own when nothing has happened for a while.
+    """
+    calls = re.findall(rf"^(?:\[pid +{pid}\] )?(?:<\.\.\. )?(write|fsync|fdatasync)\b.*\) += \d+\b", trace, re.M)
+    return bool(calls) and calls[-1] != "write"
+
+
+@needs("strace")
+def test_a_start_after_a_crash_syncs_what_it_found_and_only_then_listens(tmp_path, seed):
+    """Who is let in earlier may be told of a job, or of a result, that the disk has not got."""
+    data = tmp_path / "data"
+    with QuickStarts(tmp_path) as starts:
+        server = starts.start()
+        load = Load(History(), seed)
+        client = Client(load, server)
+        for _ in range(10):
+            client.submit()
+        server.kill()
+        port, tries = server.port, []
+        server = starts.start("--port", str(port), stopped=True)
+        delay = f"fdatasync,fsync:delay_enter={SLOW * 1e6:.0f}"  # the trace tells of a sync when that is over
+        with traced(server, delay, paths=[data / "journal.jsonl"]) as trace:
+
+            def let_in():
+                """Try to connect; the trace is read afterwards, and so tells no more than was so by then."""
+                try:
+                    socket.create_connection(("127.0.0.1", port), 10).close()
+                except ConnectionRefusedError:
+                    tries.append(trace.text())
+                    return False
+                return True
+
+            assert not let_in()
+            server.go()
+            wait_until(let_in, 30, "the server to listen")
+            so_far = trace.text()
+            assert synced_all_it_wrote(so_far, server.pid), f"it listened before it had synced:\n{so_far}"
+            server.wait_ready()
+        # Between the syncs, and while they took their time, somebody did try.
+        assert len({text.count("(DELAYED)") for text in tries}) > 1, "no sync was waited for"
+        check(load.history, server.port, drained=False)
 
 
 # == A disk that fails for good ==============================================================================
