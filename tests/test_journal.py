@@ -37,7 +37,8 @@ from local_engine import (
 import jobqueue
 from engine_contract import LEASE, PATIENCE, STATES, Queue, batch, durable, refused, submission
 from jobqueue import Claim, DataError, Job, JobQueueError, JournalReader
-from support import LONG, FakeClock, wait_until
+from support import LONG, FakeClock, ServerProcess, wait_until
+from wires import Client, WorkerOverHttp, ok
 
 CASES = 200_000 if LONG else 20_000
 MEMORY = Path("/dev/shm")
@@ -819,6 +820,38 @@ def test_the_journal_follows_what_is_alive_and_not_what_has_passed(make_queue):
     assert journal_of(queue.engine).stat().st_size < 60_000, "3,000 jobs have passed, 60 are there"
     folder = Path(queue.engine.journal.folder)
     assert sorted(files(folder)) == ["journal.jsonl"]
+
+
+def written(server: ServerProcess) -> int:
+    """Bytes that it gave to write(2) so far, for whatever file; what goes out through sockets does not count."""
+    return int(re.search(r"^wchar: (\d+)$", Path(f"/proc/{server.pid}/io").read_text(), re.MULTILINE)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="no /proc to see by how much a process writes")
+def test_a_job_costs_the_disk_as_much_with_thousands_of_finished_ones_as_with_ten(process):
+    """The original wrote its whole history with every operation, and was slow once it had one."""
+    server = process("--grpc-port", "off")
+    client, worker = Client(server), WorkerOverHttp(server)
+
+    def finish(count: int) -> None:
+        lines = b'"another"\n' * count
+        ok(client.call("POST", "/api/jobs", lines, {"Content-Type": "application/x-ndjson"}), 202)
+        while jobs := worker.poll_many(1000):
+            worker.complete_many(*[(job, b'"done"') for job in jobs])
+
+    def one_job() -> int:
+        before = written(server)
+        client.put(b'"a payload"')
+        worker.complete(worker.poll(), b'"a result"')
+        return written(server) - before
+
+    finish(10)
+    few = min(one_job() for _ in range(10))  # of several: a pause may bring a watermark along
+    finish(4_000)
+    assert client.stats()["completed"] == 4_020
+    many = min(one_job() for _ in range(10))
+    assert few > 100, "it is not seen what it writes"
+    assert few - 100 < many < few + 100, "numbers have more digits by now, and that is all"
 
 
 def test_a_slow_compaction_does_not_put_the_next_one_off(make_queue, monkeypatch):
