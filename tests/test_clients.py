@@ -524,20 +524,25 @@ def test_a_result_can_be_waited_for(client, worker, waiting):
 
 
 def test_there_is_no_result_of_a_job_that_has_none(client, worker, clock):
-    pending = client.put()
-    assert 400 <= check_problem(client.call("GET", f"/api/jobs/{pending}/result"))["status"] < 500
+    def told(job_id):
+        problem = check_problem(client.call("GET", f"/api/jobs/{job_id}/result"))
+        assert problem["job_id"] == job_id
+        return problem["status"], problem["code"], problem["detail"]
+
+    for state, options in (("delayed", {"delay": 60}), ("pending", {})):
+        job_id = client.put(**options)
+        assert told(job_id) == (409, "job_not_finished", f"job {job_id} is {state}")
     job = worker.poll()
+    assert told(job.id) == (409, "job_not_finished", f"job {job.id} is processing")
     worker.fail(job, "broken", retry=False)
-    problem = check_problem(client.call("GET", f"/api/jobs/{job.id}/result"))
-    assert (problem["status"], problem["code"], problem["job_id"]) == (502, "job_failed", job.id)
-    assert "broken" in problem["detail"]
+    assert told(job.id) == (502, "job_failed", "broken")
     cancelled = client.put()
     client.cancel(cancelled)
-    assert check_problem(client.call("GET", f"/api/jobs/{cancelled}/result"))["code"] == "job_cancelled"
+    assert told(cancelled)[:2] == (410, "job_cancelled")
     expired = client.put(ttl=1)
     clock.advance(2)
     client.wait_status(expired, "expired")
-    assert check_problem(client.call("GET", f"/api/jobs/{expired}/result"))["code"] == "job_expired"
+    assert told(expired)[:2] == (504, "job_expired")
 
 
 # == Listing

@@ -129,7 +129,7 @@ SETTINGS = {
     "uri_too_long": {"max_request_line": 200},
     "headers_too_large": {"max_headers": 500},
     "queue_full": {"max_jobs": 2},
-    "too_many_clients": {"max_held": 1},
+    "too_many_clients": {"max_held": 1, "grpc_threads": 4},  # of which three may be long polls
 }
 
 # == How each code is brought about over HTTP. A function that begins with "submit" tries to submit: nothing may be
@@ -191,6 +191,10 @@ def http_job_finished(world):
 
 def http_job_not_leased(world):
     return world.complete(world.client.put())
+
+
+def http_job_not_finished(world):
+    return world.client.call("GET", f"/api/jobs/{world.client.put()}/result")
 
 
 def http_job_cancelled(world):
@@ -291,6 +295,10 @@ def grpc_invalid_parameter(world):
     world.grpc.poll(lease=0.5)
 
 
+def grpc_invalid_request(world):
+    world.grpc.complete_many(*[(NOWHERE, b"1")] * 10_001)
+
+
 def grpc_unauthorized(world):
     world.grpc.poll()
 
@@ -304,6 +312,10 @@ def grpc_forbidden(world):
 
 def grpc_job_not_found(world):
     world.grpc.complete(NOWHERE)
+
+
+def grpc_no_jobs(world):
+    world.grpc._call("RequestJob", world.grpc._request())  # poll() makes None of it
 
 
 def grpc_lease_lost(world):
@@ -327,6 +339,13 @@ def grpc_internal(world):
     world.grpc.release(NOWHERE)
 
 
+def grpc_too_many_clients(world):
+    for _ in range(3):
+        later(world.grpc.poll, wait=300)
+    world.client.wait_workers(3)
+    world.grpc.poll(wait=300)
+
+
 def grpc_outcome_unknown(world):
     job = world.leased()
     assert world.grpc
@@ -342,9 +361,18 @@ def grpc_disk_full(world):
 
 OVER_HTTP = {name.removeprefix("http_"): call for name, call in list(globals().items()) if name.startswith("http_")}
 OVER_GRPC = {name.removeprefix("grpc_"): call for name, call in list(globals().items()) if name.startswith("grpc_")}
-# A worker over gRPC is told by an empty answer that the server drains, and no call of its own is refused for that;
-# its messages are never a malformed body.
-NOT_OVER_GRPC = {"draining", "invalid_request"}
+NOT_OVER_HTTP = {"no_jobs"}  # which is a 204 there
+NOT_OVER_GRPC = {
+    # A worker is told by an empty answer that the server drains; it is refused in the last moment alone, in which
+    # nothing is open any more.
+    "draining",
+    # What a client is told who submits, looks or requeues, none of which is done over gRPC.
+    "job_not_finished", "job_cancelled", "job_cleared", "job_failed", "job_expired", "key_reused", "queue_full",
+    "unsupported_media_type",
+    # gRPC has frames, paths, methods and limits of its own, and no browser speaks it.
+    "bad_http", "host_refused", "cross_site", "not_found", "method_not_allowed", "request_timeout", "uri_too_long",
+    "expectation_failed", "headers_too_large", "not_implemented", "http_version",
+}  # fmt: skip
 
 # What refuses the submit itself: nothing may have been stored.
 REFUSED_SUBMITS = [
@@ -353,16 +381,20 @@ REFUSED_SUBMITS = [
     "too_many_clients", "http_version", "disk_full", "bad_http",
 ]
 CLOSES = ["bad_http", "request_timeout", "not_implemented", "http_version"]
-WITH_JOB_ID = ["job_not_found", "lease_lost", "job_finished", "job_not_leased", "job_cancelled", "job_cleared",
-               "job_failed", "job_expired", "outcome_unknown"]
+WITH_JOB_ID = ["job_not_found", "lease_lost", "job_finished", "job_not_leased", "job_not_finished", "job_cancelled",
+               "job_cleared", "job_failed", "job_expired", "outcome_unknown"]
+
+
+def test_a_code_has_the_statuses_that_were_promised_and_there_is_no_other_code():
+    assert {code: (status, grpc) for code, (status, grpc, _) in jobqueue.ERRORS.items()} == CODES
 
 
 def test_every_code_is_brought_about_over_each_wire_that_has_it():
-    assert set(OVER_HTTP) == set(CODES)
-    assert set(OVER_GRPC) | NOT_OVER_GRPC == {code for code, (_, grpc) in CODES.items() if grpc}
+    assert set(OVER_HTTP) == set(jobqueue.ERRORS) - NOT_OVER_HTTP
+    assert set(OVER_GRPC) == set(jobqueue.ERRORS) - NOT_OVER_GRPC
 
 
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("code", OVER_HTTP)
 def test_over_http_an_error_is_a_problem_with_its_code_and_status(world, code):
     answer = OVER_HTTP[code](world)
     problem = check_problem(answer)
@@ -384,10 +416,15 @@ def test_over_http_an_error_is_a_problem_with_its_code_and_status(world, code):
 def test_over_grpc_an_error_has_its_status(world, code):
     with refused(code) as no:
         OVER_GRPC[code](world)
+    assert no.value.code == code, "the code is in the trailing metadata"
     assert "Traceback" not in no.value.detail and "boom" not in no.value.detail
 
 
-@pytest.mark.parametrize("code", [code for code in OVER_GRPC if code not in ("outcome_unknown", "invalid_parameter")])
+# One has its own words where what is asked for differs: a submit and a completion, two sorts of batches, of clients.
+OWN_WORDS = {"outcome_unknown", "invalid_parameter", "invalid_request", "too_many_clients"}
+
+
+@pytest.mark.parametrize("code", [code for code in OVER_GRPC if code in OVER_HTTP and code not in OWN_WORDS])
 def test_both_wires_say_the_same_of_an_error(world, code):
     problem = check_problem(OVER_HTTP[code](world))
     with refused(code) as no:
@@ -519,6 +556,18 @@ def test_a_bug_of_a_handler_is_one_log_line_with_its_traceback_and_the_server_li
         assert len(errors) == 2
     assert world.http.complete(job).duplicate is False
     assert world.client.call("GET", "/health").status == 200
+
+
+@pytest.mark.parametrize("state", ["pending", "processing"])
+def test_what_has_not_ended_cannot_be_requeued(world, state):
+    job_id = world.client.put()
+    job = world.http.poll() if state == "processing" else None
+    problem = check_problem(world.client.call("POST", f"/api/admin/requeue/{job_id}"))
+    assert (problem["status"], problem["code"], problem["job_id"]) == (409, "job_not_finished", job_id)
+    assert state in problem["detail"]
+    assert world.client.status(job_id) == state
+    if job:
+        assert world.http.complete(job).duplicate is False, "its worker did not notice"
 
 
 @pytest.mark.parametrize("code", ["too_many_clients"])
