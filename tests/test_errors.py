@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import http.client
 import io
-import logging
+import json
 import os
 import re
+import sys
 
 import pytest
 
 import jobqueue
-from support import Answer, FakeClock, call, connect, raw, read_answer, wait_until
+from support import ROOT, Answer, FakeClock, ServerProcess, call, connect, raw, read_answer, wait_until
 from wires import CODES, WORKERS, Client, check_problem, later, refused
 
 NOWHERE = "00000000-0000-4000-8000-000000000000"
@@ -540,22 +541,46 @@ def test_after_an_error_that_is_understood_the_connection_goes_on(world):
     assert re.findall(rb"HTTP/1\.1 (\d+)", stream) == [b"404", b"400", b"200"]
 
 
-@pytest.mark.parametrize("code", ["internal"])
-def test_a_bug_of_a_handler_is_one_log_line_with_its_traceback_and_the_server_lives(world, code, caplog):
-    world.boom("release")
-    job = world.leased()
-    with caplog.at_level(logging.DEBUG, logger="jobqueue"):
-        problem = check_problem(world.client.call("POST", f"/api/worker/release/{job.id}"))
-        assert problem["status"] == 500
-        errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
-        assert len(errors) == 1
-        assert "boom: an inner matter" in caplog.text
-        with refused("internal"):
-            world.grpc.release(job)
-        errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
-        assert len(errors) == 2
-    assert world.http.complete(job).duplicate is False
-    assert world.client.call("GET", "/health").status == 200
+# A server with a bug: the error's own text has more than one line, too.
+BUGGY = """
+import sys, jobqueue
+def release(*_):
+    raise RuntimeError("boom:\\nan inner matter")
+jobqueue.LocalEngine.release = release
+sys.exit(jobqueue.main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_a_bug_of_a_handler_is_one_log_line_with_its_traceback_and_the_server_lives(kind, tmp_path):
+    flags = ["--data-dir", "data", "--port", "0", "--grpc-port", "0", "--log-format", kind]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JOBQUEUE_")}
+    server = ServerProcess([sys.executable, "-c", BUGGY, *flags], {**inherited, "PYTHONPATH": str(ROOT)}, tmp_path)
+    server.wait_ready(30)
+    client, workers = Client(server), [WORKERS[wire](server) for wire in WORKERS]
+    for worker in workers:
+        job_id = client.put()
+        job = worker.poll()
+        with refused("internal") as no:
+            worker.release(job)
+        assert "boom" not in no.value.detail
+        assert worker.complete(job).duplicate is False
+        assert client.status(job_id) == "completed"
+    assert server.stop() == 0
+    lines = server.log().split("\n")
+    assert lines.pop() == ""
+    if kind == "text":
+        parts = [re.fullmatch(r"[0-9T:.-]+Z ([A-Z]+) (.*)", line) for line in lines]
+        assert all(parts), server.log()
+        events = [part.groups() for part in parts]
+    else:
+        events = [(event["level"].upper(), event["message"] + " traceback=" + event.get("traceback", ""))
+                  for event in map(json.loads, lines)]
+    # `ready`, `stopping`, `stopped`, and between them one for each of the two calls.
+    assert [level for level, _ in events] == ["INFO", "ERROR", "ERROR", "INFO", "INFO"], server.log()
+    for _, message in events[1:3]:
+        assert re.match(r"handler_failed\b.* traceback=Traceback \(most recent call last\):", message), message
+        assert message.endswith("boom:\\nan inner matter" if kind == "text" else "boom:\nan inner matter"), message
 
 
 @pytest.mark.parametrize("state", ["pending", "processing"])
