@@ -406,6 +406,15 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
+def without_descriptors(server: ServerProcess, stack: contextlib.ExitStack) -> None:
+    """More connections than it has descriptors for; returns as it has just failed once more to accept one."""
+    for _ in range(100):
+        connection = stack.enter_context(connect(server.url))
+        connection.sendall(b"GET")  # it has begun, so it makes no room
+    tried = server.log().count("accept_failed")
+    wait_until(lambda: server.log().count("accept_failed") > tried, 20, "a try that fails")
+
+
 @needs_proc
 def test_without_file_descriptors_it_does_not_spin_and_comes_back_by_itself(process):
     server = process("--grpc-port", "off")
@@ -413,20 +422,24 @@ def test_without_file_descriptors_it_does_not_spin_and_comes_back_by_itself(proc
     job_id = client.put(b"1")
     resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (60, 60))  # fewer than it could know of
     with contextlib.ExitStack() as stack:
-        for _ in range(100):
-            connection = stack.enter_context(connect(server.url))
-            connection.sendall(b"GET")  # it has begun, so it makes no room
-        server.wait_log("accept_failed")
+        without_descriptors(server, stack)
         begin, used, tried = time.monotonic(), cpu_seconds(server.pid), server.log().count("accept_failed")
         wait_until(lambda: server.log().count("accept_failed") >= tried + 6, 20, "six more tries")
         lasted = time.monotonic() - begin
         share = (cpu_seconds(server.pid) - used) / lasted
         assert lasted > 1, "it tries again at once"
         assert share < 0.2, f"{share:.0%} of a processor while it has no file descriptors"
+    # 2 s from the moment that there are descriptors again is the promise; it takes three pauses of 0.25 s, in which
+    # those are accepted and let go that have knocked and left. The moment comes right behind a try that failed, when
+    # the next one is farthest. A busy machine may take its time, too, but not three times in a row.
+    took = []
+    while not took or (took[-1] >= 2 and len(took) < 3):
+        with contextlib.ExitStack() as stack:
+            without_descriptors(server, stack)
         freed = time.monotonic()
-    # 2 s is the promise; it is measured, with room for a machine that is busy with other things.
-    wait_until(lambda: healthy(server), SOON)
-    assert time.monotonic() - freed < 2 + SOON / 2
+        assert call(server.url, "GET", "/health", timeout=30).status == 200
+        took.append(time.monotonic() - freed)
+    assert took[-1] < 2, f"seconds until it came back: {took}"
     worker = WorkerOverHttp(server)
     worker.complete(worker.poll(), b"1")
     assert client.status(job_id) == "completed"
