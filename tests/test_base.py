@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
+import http.client
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import jobqueue
 from support import ROOT, ServerProcess, call, raw, start_server, wait_until
 from wires import (
     WORKERS,
@@ -472,6 +475,46 @@ def test_a_script_runs_where_there_is_no_proc(tmp_path):
     command = [*mount, sys.executable, str(ROOT / "jobqueue.py"), "--version"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "12"])
+def test_a_server_that_was_started_without_a_standard_stream_serves_logs_and_stops(closed, tmp_path):
+    """What it opens takes the free number, and must not be given what is meant for the stream."""
+    port, log = free_port(), tmp_path / "log"
+    script = [sys.executable, str(ROOT / "jobqueue.py"), "serve", "--access-log"]
+    flags = ["--data-dir", str(tmp_path / "data"), "--port", str(port), "--grpc-port", "off", "--fsync", "never"]
+    closing = " ".join(f"{number}>&-" for number in closed)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOBQUEUE_")}
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(["sh", "-c", f'exec "$@" {closing}', "sh", *script, *flags], cwd=tmp_path, env=clean,
+                                   stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+
+            def connects():
+                assert process.poll() is None, log.read_text()
+                with contextlib.suppress(ConnectionRefusedError):
+                    connection.connect()
+                    return True
+
+            wait_until(connects, 30, "the server to listen")
+            sock = connection.sock
+            for number in range(300):
+                connection.request("POST", "/api/submit?wait=0", b"%d" % number)
+                with connection.getresponse() as answer:
+                    assert (answer.status, json.loads(answer.read())["status"]) == (202, "pending")
+                assert connection.sock is sock, "it is one connection"
+            process.terminate()
+            assert process.wait(30) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+    assert log.read_text().count(" request peer=127.0.0.1 method=POST ") == (0 if "2" in closed else 300)
+    # Its own files hold what belongs there, and nothing else.
+    records = list(jobqueue.JournalReader(str(tmp_path / "data" / "journal.jsonl")))
+    assert [record["payload"] for record in records if record["op"] == "submit"] == [str(n) for n in range(300)]
 
 
 def test_a_script_sees_its_own_folder_and_name_and_arguments(tmp_path):
