@@ -513,6 +513,7 @@ def test_a_server_that_was_started_without_a_standard_stream_serves_logs_and_sto
     assert "Traceback" not in log.read_text()
     assert log.read_text().count(" request peer=127.0.0.1 method=POST ") == (0 if "2" in closed else 300)
     # Its own files hold what belongs there, and nothing else.
+    assert [path.name for path in (tmp_path / "data").iterdir() if b"request peer" in path.read_bytes()] == []
     records = list(jobqueue.JournalReader(str(tmp_path / "data" / "journal.jsonl")))
     assert [record["payload"] for record in records if record["op"] == "submit"] == [str(n) for n in range(300)]
 
