@@ -1141,6 +1141,32 @@ def test_one_sync_serves_all_that_wait_for_it(make_queue, slow_disk):
     assert sum(queue.engine.figures()["fsync_seconds"].counts) - before <= 3
 
 
+def test_the_time_of_a_commit_is_that_of_a_sync_or_two_however_long_others_keep_coming(make_queue, clock, monkeypatch):
+    """What is measured is how long the first of those waited whom this sync serves, not how long somebody did."""
+    queue, real, syncs = make_queue(), jobqueue._sync_data, 40
+    arrived: list[Any] = []
+
+    def sync(fd: int) -> None:
+        """Takes a second, and before it is over three more have come."""
+        if syncs * 3 > len(arrived):
+            arrived.extend(queue.hold(wait=0) for _ in range(3))
+        clock.advance(1)
+        real(fd)
+
+    before = queue.engine.figures()
+    commits, syncings = ((sum(before[name].counts), before[name].sum) for name in ("commit_seconds", "fsync_seconds"))
+    monkeypatch.setattr(jobqueue, "_sync_data", sync)
+    queue.submit()
+    wait_until(lambda: len(arrived) == syncs * 3)
+    for future in arrived:
+        future.result(PATIENCE)
+    figures = queue.engine.figures()
+    count = sum(figures["commit_seconds"].counts) - commits[0]
+    assert count >= syncs, "each sync served somebody"
+    assert figures["fsync_seconds"].sum - syncings[1] == pytest.approx(count)
+    assert 1 <= (figures["commit_seconds"].sum - commits[1]) / count <= 2
+
+
 def test_a_record_never_says_that_something_was_synced_which_was_not(make_queue, slow_disk):
     """The watermark is what damage is judged by: one too high would refuse a journal that is only torn."""
     queue = make_queue()
