@@ -638,6 +638,33 @@ def test_a_damaged_journal_is_exit_3_with_file_and_offset_for_check_and_serve(jo
     assert journal.read_bytes() == data  # nothing was changed
 
 
+STRAY = {
+    "of a job that is not there": '{"op":"complete","id":"nobody","result":"1","result_kind":"json","finished":1}',
+    "of a job that has ended": '{"op":"complete","id":"%s","result":"1","result_kind":"json","finished":1}',
+    "that is none": '{"op":"levitate","id":"%s"}',
+}
+
+
+@pytest.mark.parametrize("stray", STRAY)
+def test_check_names_a_record_that_does_not_follow_and_dump_shows_it(journal, stray, capsys):
+    """Such a line is whole, and its checksum is right."""
+    records = list(jobqueue.JournalReader(str(journal)))
+    done = next(record["id"] for record in records if record["op"] == "complete")
+    last, body = records[-1]["seq"], STRAY[stray].replace("%s", done)
+    with open(journal, "ab") as file:
+        file.write(jobqueue.journal_line(last + 1, last + 1, body))
+        file.write(jobqueue.journal_line(last + 2, last + 2, '{"op":"close"}'))
+    before = journal.read_bytes()
+    for flags in ([], ["--json"], ["--dump"]):
+        assert jobqueue.main(["check", *flags, str(journal.parent)]) == DATA
+        out, errors = capsys.readouterr()
+        assert errors.count("\n") == 1 and errors.startswith("jobqueue: ") and f"record {last + 1} " in errors, errors
+        shown = [json.loads(line) for line in out.splitlines()]
+        assert [record["seq"] for record in shown] == ([*range(1, last + 2)] if flags == ["--dump"] else [])
+    assert shown[-1].items() >= json.loads(body).items()
+    assert journal.read_bytes() == before
+
+
 def test_a_journal_that_is_not_there_is_exit_3(tmp_path, capsys):
     assert jobqueue.main(["check", str(tmp_path)]) == DATA
     assert str(tmp_path) in capsys.readouterr().err
