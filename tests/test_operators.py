@@ -344,6 +344,17 @@ def test_a_server_that_serves_is_alive_and_ready(server):
         assert call(server.url, "HEAD", path).status == 200
 
 
+def test_life_and_readiness_are_told_without_a_look_at_the_jobs(server):
+    """Whoever asks every second must not have a thousand queues counted, nor wait for whoever has them counted."""
+    client = Client(server)
+    client.put()
+    with server.engine._lock:  # who holds it keeps everybody from the queues
+        for path in ("/health", "/ready"):
+            assert call(server.url, "GET", path, timeout=10).status == 200
+            assert call(server.url, "HEAD", path, timeout=10).status == 200
+    assert client.stats()["pending"] == 1
+
+
 def test_a_server_that_drains_is_alive_and_not_ready_on_both_wires(draining):
     assert call(draining.url, "GET", "/health").json() == {"status": "ok"}
     answer = call(draining.url, "GET", "/ready")
