@@ -201,6 +201,8 @@ BAD = {
     "work with concurrency 0": (["work", "--concurrency", "0", "--", "cat"], "concurrency"),
     "work with a lease that is too long": (["work", "--lease", "99999", "--", "cat"], "99999"),
     "forward to no URL": (["work", "--forward", "localhost:8000"], "localhost:8000"),
+    "forward to a port that is none": (["work", "--forward", "http://localhost:80a/"], "80a"),
+    "forward to a port out of range": (["work", "--forward", "http://localhost:80800/"], "0-65535"),
     "submit without a payload": (["submit"], "PAYLOAD"),
     "submit with both": (["submit", "1", "--file", "x"], "--file"),
     "submit a file with a key": (["submit", "--file", "x", "--key", "k"], "--key"),
@@ -222,7 +224,8 @@ BAD = {
     "token with an empty scope": (["token", "--scope", ""], "client, worker, admin"),
     "URL of another kind": (["stats", "--url", "ftp://localhost"], "ftp://localhost"),
     "URL without a scheme": (["stats", "--url", "localhost:3000"], "localhost:3000"),
-    "URL with a port that is none": (["stats", "--url", "http://localhost:http"], ""),
+    "URL with a port that is none": (["stats", "--url", "http://localhost:http"], "http"),
+    "URL to work for with a port that is none": (["work", "--url", "http://localhost:80a", "--", "cat"], "80a"),
     "empty file of tokens": (["--tokens", ""], "--tokens is empty; leave it out to run without"),
     "empty folder": (["serve", "--data-dir="], "--data-dir is empty"),
     "empty host": (["--host", ""], "--host is empty"),
@@ -1117,7 +1120,7 @@ class Service(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/x-test")
         if status == 503:
-            self.send_header("Retry-After", "77")
+            self.send_header("Retry-After", self.server.retry_after)
         answer = b"" if status == 204 else body
         if status != 204:
             self.send_header("Content-Length", str(len(answer)))
@@ -1131,7 +1134,7 @@ class Service(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def service() -> Iterator[Any]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as running:
-        running.seen, running.answer, running.let_go = [], None, threading.Event()
+        running.seen, running.answer, running.let_go, running.retry_after = [], None, threading.Event(), "77"
         running.url = f"http://127.0.0.1:{running.server_address[1]}"
         threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
         yield running
@@ -1157,6 +1160,17 @@ def test_forward_maps_statuses_to_completed_retried_and_failed(server, client, q
     begin, again = (client.view(ids[503])[name] for name in ("created_at", "available_at"))
     seconds = jobqueue.datetime.fromisoformat(again) - jobqueue.datetime.fromisoformat(begin)
     assert 76 <= seconds.total_seconds() <= 77 + 30
+
+
+def test_forward_takes_a_retry_after_that_is_no_number_of_seconds_for_none(server, client, queue, work, service):
+    worker = work(server.url, "--queue", queue, "--forward", service.url)
+    # The superscripts are digits to Python, and no number; a date would be one of RFC 9110's two ways.
+    for text in ("\u00b2", "1\u00b2", "\u00bd", "-1", "1e3", "soon", "", "Fri, 31 Dec 1999 23:59:59 GMT"):
+        service.retry_after = text
+        job_id = client.put(b"status 503", queue=queue)
+        client.wait_status(job_id, "delayed")
+        assert client.view(job_id)["error"] == f"{service.url} answered 503: status 503", text
+    assert "Traceback" not in worker.log(), worker.log()
 
 
 def test_forward_hands_the_payload_and_its_headers_on_unchanged(server, client, queue, work, service, seed):
