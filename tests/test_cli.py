@@ -1173,6 +1173,21 @@ def test_forward_takes_a_retry_after_that_is_no_number_of_seconds_for_none(serve
     assert "Traceback" not in worker.log(), worker.log()
 
 
+def test_forward_takes_a_retry_after_of_any_length_for_what_a_delay_may_be_at_most(
+    server, client, queue, work, service
+):
+    """Python reads no number of more than 4300 digits, for fear of the time that it takes."""
+    worker = work(server.url, "--queue", queue, "--forward", service.url)
+    for digits in (20, 5_000):
+        service.retry_after = "9" * digits
+        job_id = client.put(b"status 503", queue=queue)
+        client.wait_status(job_id, "delayed")
+        job = client.view(job_id)
+        begin, again = (jobqueue.datetime.fromisoformat(job[name]) for name in ("created_at", "available_at"))
+        assert (again - begin).days == 30, job["error"]
+    assert "Traceback" not in worker.log(), worker.log()
+
+
 def test_forward_hands_the_payload_and_its_headers_on_unchanged(server, client, queue, work, service, seed):
     payload = random.Random(seed).randbytes(200_000)
     work(server.url, "--queue", queue, "--forward", f"{service.url}/hook/?a=1")
