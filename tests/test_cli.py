@@ -645,6 +645,7 @@ STRAY = {
     "of a job that is not there": '{"op":"complete","id":"nobody","result":"1","result_kind":"json","finished":1}',
     "of a job that has ended": '{"op":"complete","id":"%s","result":"1","result_kind":"json","finished":1}',
     "that is none": '{"op":"levitate","id":"%s"}',
+    "of a job without an id": '{"op":"submit","queue":"default","payload":"1"}',
 }
 
 
