@@ -1078,7 +1078,7 @@ class JournalReader:
                 seq += 1
                 end += len(line)
                 synced = max(synced, record["synced"])
-                op = record["op"]
+                op = record.get("op")
                 yield record
             if synced > seq:
                 raise self._damaged(end, f"it ends before record {synced}, which had been synced")
@@ -7948,7 +7948,7 @@ def check(arguments: argparse.Namespace) -> int:
                 ops[record["op"]] += 1
                 _follow(states, record)
             except (LookupError, TypeError):
-                raise DataError(f"record {reader.seq} does not follow from those before it; --dump shows it") from None
+                raise DataError(f"record {record['seq']} does not follow from those before it; --dump shows it") from None
     except FileNotFoundError:
         raise DataError(f"there is no {path}") from None
     finally:
