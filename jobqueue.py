@@ -7442,6 +7442,7 @@ def forward(url: str, job: PolledJob) -> Verdict:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run the server until SIGTERM or SIGINT; a second one ends the wait for jobs in progress, a third one all."""
+    _fill_standard_streams()
     server = Server(**_given_settings(arguments))
     set_up_logging(server.settings.log_format, server.settings.log_level)
     _warn_of_unknown_variables()
@@ -7469,6 +7470,13 @@ def serve(arguments: argparse.Namespace) -> int:
             server.hurry()
     bell.ignore()
     return EXIT_DISK if server.failed.is_set() else EXIT_OK
+
+
+def _fill_standard_streams() -> None:
+    """Where one is closed, a file of ours would get its number, and what some library tells the terminal."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
 
 
 def _given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -7948,7 +7956,7 @@ def check(arguments: argparse.Namespace) -> int:
                 ops[record["op"]] += 1
                 _follow(states, record)
             except (LookupError, TypeError):
-                raise DataError(f"record {record['seq']} does not follow from those before it; --dump shows it") from None
+                raise DataError(f"record {record['seq']} does not follow from those before it: see --dump") from None
     except FileNotFoundError:
         raise DataError(f"there is no {path}") from None
     finally:
