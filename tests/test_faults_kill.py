@@ -90,10 +90,11 @@ def test_an_acknowledged_clear_holds_after_kill_9(tmp_path, seed):
 
 def test_kill_9_loses_nothing_of_workers_over_grpc(tmp_path, seed):
     pytest.importorskip("grpc", reason="grpcio is not installed")
+    keep = ("--keep-jobs", "1000000")  # one history for all rounds: none of it may be forgotten
     with QuickStarts(tmp_path) as starts:
         load = Load(History(), seed)
-        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, "--grpc-port", "0")
-        server = starts.start()
+        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, "--grpc-port", "0", *keep)
+        server = starts.start(*keep)
         load.drain(server.port)
         assert check(load.history, server.port)["completed"] > 50
 

@@ -18,6 +18,7 @@ from rigs import (
     LATE_SYNC,
     LONG,
     NO_SYNC,
+    SLOW_FSYNC,
     Disk,
     QuickStarts,
     build_shim,
@@ -110,6 +111,31 @@ def test_a_power_cut_in_a_compaction_loses_nothing_acknowledged(tmp_path, seed):
                 if (seen / "journal.jsonl").stat().st_ino != before:
                     break
             time.sleep(rng.choice((0, rng.uniform(0, 0.003))))
+            rig.cut_power()
+            growing.join()
+            rig.load.history.cut(rig.moment)
+            rig.start()
+            rig.check()
+            rig.load.history.calls = [clear(rig.load.history, rig.server.port)]
+            rig.server.kill()
+
+
+@needs("gcc")
+def test_a_power_cut_behind_a_compaction_finds_the_new_journal_whole(tmp_path, seed):
+    """Once its name is on the disk, nothing of the old one is left; so its content has to be there before."""
+    rng = random.Random(seed)
+    shim = build_shim(tmp_path, "syncs", SLOW_FSYNC)  # time to cut in, before answers sync the new file once more
+    with QuickStarts(tmp_path, env={"LD_PRELOAD": str(shim)}, private_mounts=True) as starts:
+        rig = Rig(starts, tmp_path, seed, *COMPACT)
+        for _ in range(COMPACTION_CUTS // 3):
+            rig.start()
+            seen = starts.path(rig.data)
+            rig.load.act("client_batch", Wire(rig.server.port), rng)
+            before = (seen / "journal.jsonl").stat().st_ino
+            growing = threading.Thread(target=_grow_until_cut, args=(rig, seen))
+            growing.start()
+            wait_until(lambda file=seen / "journal.jsonl", old=before: file.stat().st_ino != old, what="a compaction")
+            time.sleep(rng.uniform(0.02, 0.1))
             rig.cut_power()
             growing.join()
             rig.load.history.cut(rig.moment)
