@@ -260,6 +260,20 @@ class ServerProcess:
                     os.kill(pid, number)
 
 
+def freeze(pid: int) -> None:
+    """Stop a process (SIGCONT lets it go on), and wait until each of its threads stands still. Needs /proc."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stands_still() -> bool:
+        try:
+            threads = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        except OSError:  # one that has just ended
+            return False
+        return {thread.rpartition(")")[2].split()[0] for thread in threads} == {"T"}
+
+    wait_until(stands_still, what=f"process {pid} to stand still")
+
+
 def _child_that_serves(pid: int) -> int | None:
     with contextlib.suppress(OSError):
         for children in Path(f"/proc/{pid}/task").glob("*/children"):

@@ -7,17 +7,21 @@ import json
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 import jobqueue
-from support import FakeClock, call, connect, wait_until
+from support import ROOT, FakeClock, call, connect, freeze, wait_until
 from wires import WORKERS, Client, Got, Refused, at_once, check_problem, later, ok, refused
 
 MONTH = 30 * 86_400
 NOWHERE = "00000000-0000-4000-8000-000000000000"
 BIT = 0.01  # seconds past a moment, or before it
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to see a process stand still by")
 
 
 @pytest.fixture
@@ -510,6 +514,38 @@ def test_a_batch_that_could_not_be_written_is_given_back_whole_and_in_order(serv
         client.wait_status(job_id, "pending", timeout=3)
     jobs = WORKERS["http"](server).poll_many(10)
     assert [(job.id, job.attempt) for job in jobs] == [(job_id, 1) for job_id in ids]
+
+
+GRPC_WORKER = """
+import sys
+import grpc
+from worker_pb2_gen.worker_pb2 import JobRequest
+from worker_pb2_gen.worker_pb2_grpc import WorkerServiceStub
+options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)] if sys.argv[2] == "small" else []
+WorkerServiceStub(grpc.insecure_channel(sys.argv[1], options)).RequestJob(JobRequest(wait_seconds=60))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("window", ["default", "small"])
+def test_a_reply_over_grpc_that_could_not_be_written_gives_the_job_back_uncounted(server, client, window):
+    """The worker stands still when the job comes, and is killed then: it never had it. No lease ends, as the server's
+    clock stands still, too. What cannot be written waits for the socket or, where the worker's window is smaller than
+    the job, for the window; grpcio tells of the one in another way than of the other."""
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    command = [sys.executable, "-c", GRPC_WORKER, f"127.0.0.1:{server.grpc_port}", window]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL) as gone:
+        try:
+            client.wait_workers(1)
+            freeze(gone.pid)
+            job_id = client.put(b"x" * server.settings.max_payload)
+            client.wait_status(job_id, "processing")
+        finally:
+            gone.kill()
+    client.wait_status(job_id, "pending", timeout=5)
+    job = WORKERS["http"](server).poll()
+    assert (job.id, job.attempt) == (job_id, 1)
+    assert client.view(job_id)["deliveries"] == 1
 
 
 def test_a_worker_that_hangs_up_while_it_waits_for_its_next_job_has_completed_the_first(server, client):
