@@ -480,14 +480,19 @@ def big_payload():
     return b"\xff" * 4_100_000
 
 
-def deaf_poller(server, **options):
-    """A poller that reads nothing, so that a large reply cannot be written."""
+def deaf(server, request, body=b""):
+    """Who asks and reads nothing, so that a large answer cannot be written."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", server.port))
-    given = "&".join(f"{name}={value}" for name, value in {"wait": 300, **options}.items())
-    connection.sendall(f"GET /api/worker/poll?{given} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    head = f"{request} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
     return connection
+
+
+def deaf_poller(server, **options):
+    given = "&".join(f"{name}={value}" for name, value in {"wait": 300, **options}.items())
+    return deaf(server, f"GET /api/worker/poll?{given}")
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
@@ -514,6 +519,30 @@ def test_a_batch_that_could_not_be_written_is_given_back_whole_and_in_order(serv
         client.wait_status(job_id, "pending", timeout=3)
     jobs = WORKERS["http"](server).poll_many(10)
     assert [(job.id, job.attempt) for job in jobs] == [(job_id, 1) for job_id in ids]
+
+
+@pytest.mark.parametrize("comes", ["before", "later"])
+def test_a_next_job_that_could_not_be_written_is_given_back_uncounted_and_the_first_is_completed(server, client, comes):
+    first, ids = client.put(), []
+    job = WORKERS["http"](server).poll()
+
+    def put():
+        ids.append(client.put(big_payload()))
+
+    if comes == "before":
+        put()
+    path = f"POST /api/worker/complete/{first}?lease_token={job.token}&next=true&wait=300"
+    with deaf(server, path, body=b"done") as gone:
+        if comes == "later":
+            client.wait_workers(1)
+            put()
+        client.wait_status(ids[0], "processing")
+        gone.close()
+    client.wait_status(ids[0], "pending", timeout=3)
+    assert client.result(first) == b"done"
+    job = WORKERS["http"](server).poll()
+    assert (job.id, job.attempt) == (ids[0], 1)
+    assert client.view(job.id)["deliveries"] == 1
 
 
 GRPC_WORKER = """
