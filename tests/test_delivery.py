@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
+import os
 import re
+import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -473,6 +478,54 @@ def test_a_job_that_comes_while_a_poller_over_grpc_cancels_is_not_lost(server, c
                 job = worker.poll(wait=300)
             assert job.id == job_id
         worker.complete(job_id)
+
+
+@needs_proc
+@pytest.mark.parametrize("wire", ["plain", "TLS", "TLS with a farewell"])
+def test_a_poller_that_hung_up_unseen_gets_no_job(process, request, wire):
+    """A server that stood still is told to hand jobs out, and behind that finds the end of the connections of all who
+    wait for them.
+
+    They are so many that it answers before it comes to the hang-ups; of fewer, it answers once it has seen all that
+    came at the same time.
+    """
+    flags, context, count = [], None, jobqueue.HTTPServer.TURN + 2
+    if wire != "plain":
+        certs = request.getfixturevalue("certs")
+        flags, context = ["--tls-cert", str(certs.server_cert), "--tls-key", str(certs.server_key)], certs.context()
+    server = process("--grpc-port", "off", *flags)
+    ask = functools.partial(call, server.url, context=context)
+
+    def connected():
+        """A connection that has had an answer, so that nothing is left to be read."""
+        connection = connect(server.url)
+        if context:
+            connection = context.wrap_socket(connection, server_hostname="localhost")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = b""
+        while b"ok" not in received:
+            received += connection.recv(4096)
+        return connection
+
+    assert ask("POST", "/api/admin/pause").status == 200
+    assert ask("POST", "/api/jobs", b"1\n" * count, {"Content-Type": "application/x-ndjson"}).status == 202
+    with contextlib.ExitStack() as stack:
+        admin, *pollers = [stack.enter_context(connected()) for _ in range(count + 1)]
+        for gone in pollers:
+            gone.sendall(b"GET /api/worker/poll?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_until(lambda: ask("GET", "/api/admin/stats").json()["waiting_workers"] == count, what="the pollers")
+        freeze(server.pid)
+        admin.sendall(b"POST /api/admin/resume HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for gone in pollers:
+            if wire == "TLS with a farewell":  # what it says last is still to be read when it has left
+                gone.setblocking(False)
+                with pytest.raises(ssl.SSLWantReadError):
+                    gone.unwrap()
+            gone.close()
+        os.kill(server.pid, signal.SIGCONT)
+        assert admin.recv(4096).startswith(b"HTTP/1.1 200 ")
+    jobs = ask("GET", "/api/jobs?limit=1000").json()["jobs"]
+    assert [(job["status"], job["deliveries"]) for job in jobs] == [("pending", 0)] * count
 
 
 def big_payload():
