@@ -19,7 +19,7 @@ import pytest
 
 import jobqueue
 from support import ServerProcess, call, connect, wait_until
-from wires import Client, WorkerOverHttp, check_problem, later
+from wires import Client, WorkerOverHttp, at_once, check_problem, later
 
 SOON = 5  # seconds: a generous deadline for an answer that takes a millisecond
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to measure a process by")
@@ -154,6 +154,26 @@ def test_a_connection_too_many_over_tls_is_answered_503_once_it_has_shaken_hands
             assert json.loads(body)["code"] == "too_many_clients"
         served.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")  # those that are in are still served
         assert served.recv(4096).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in server.log()
+
+
+def test_of_a_crowd_over_tls_each_is_served_or_told_that_it_is_one_too_many(process, certs):
+    """None of them is closed without a word, though a word needs a handshake first."""
+    server = process("--grpc-port", "off", "--max-connections", "4",
+                     "--tls-cert", str(certs.server_cert), "--tls-key", str(certs.server_key))
+    context = certs.context()
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(contextlib.closing(connect(server.url, 20))) for _ in range(40)]
+
+        def ask(plain: socket.socket) -> bytes:
+            with context.wrap_socket(plain, server_hostname="localhost") as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                return read_to_the_end(connection)
+
+        answers = at_once(*[lambda plain=plain: ask(plain) for plain in crowd])
+    statuses = [answer[:13] if isinstance(answer, bytes) else answer for answer in answers]
+    assert set(statuses) <= {b"HTTP/1.1 200 ", b"HTTP/1.1 503 "}, statuses
+    assert b"HTTP/1.1 200 " in statuses
     assert "Traceback" not in server.log()
 
 
