@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import re
@@ -18,8 +19,8 @@ from typing import Any
 import pytest
 
 import jobqueue
-from support import ServerProcess, call, connect, wait_until
-from wires import Client, WorkerOverHttp, at_once, check_problem, later
+from support import ServerProcess, call, connect, read_answer, wait_until
+from wires import Client, WorkerOverGrpc, WorkerOverHttp, at_once, check_problem, later
 
 SOON = 5  # seconds: a generous deadline for an answer that takes a millisecond
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to measure a process by")
@@ -366,6 +367,33 @@ def test_a_queue_that_is_full_by_number_refuses_with_retry_after_until_a_job_has
     assert client.stats()["pending"] == 1
     client.put()
     refused(client.submit(b"1", wait=0), "queue_full")
+
+
+@pytest.mark.parametrize("fields, statuses", [
+    (b"X-A: " + b"\xff" * 10_000 + b"\r\n", [202]),
+    (b"X-A: " + b"\xff" * 32_700 + b"\r\n", [202, 431]),
+    (b"".join(b"%03x:\r\n" % number for number in range(4000)), [202]),
+], ids=["bytes that take two each", "as many of them as there can be", "many short ones"])
+def test_a_job_is_taken_only_where_it_fits_what_a_client_over_grpc_takes_with_its_headers(server, fields, statuses):
+    """It would never be delivered, otherwise. That a header grows shows once it is UTF-8, as it is in both wires."""
+    client, worker = Client(server), WorkerOverGrpc(server)
+    payload = b"x" * server.settings.max_payload
+    queue = "q" * 64
+    head = f"POST /api/submit?queue={queue}&ttl=60&priority=9&wait=0 HTTP/1.1\r\nHost: localhost\r\n".encode()
+    with connect(server.url) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(head + fields + b"Content-Length: %d\r\n\r\n" % len(payload) + payload)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        answer = read_answer(response)
+    assert answer.status in statuses, answer
+    if answer.status == 202:
+        job = worker.poll(queue=queue)
+        assert (job.id, job.payload) == (answer.json()["job_id"], payload.decode())
+        assert len(job.headers) >= fields.count(b"\r\n")
+    else:
+        assert check_problem(answer)["code"] == "headers_too_large"
+        assert client.stats()["total"] == 0
 
 
 def test_a_queue_that_is_full_by_bytes_refuses_until_there_is_room(process):
