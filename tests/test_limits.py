@@ -709,3 +709,113 @@ def test_a_request_line_and_headers_have_a_limit_each_and_not_both_together(proc
             for piece in ([head], [head[:-20], head[-20:]])[pieces - 1]:
                 connection.sendall(piece)
             assert connection.makefile("rb").readline().split()[1] == b"%d" % status
+
+
+# -- a floor rate, by a clock that a test moves
+
+RATE = 16 * 1024  # bytes a second, beside the one second of --body-timeout
+
+
+@pytest.fixture
+def still(tmp_path, clock) -> Iterator[jobqueue.Server]:
+    """A server in this process whose time stands still until a test moves it."""
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, body_timeout=1) as server:
+        server.clock = clock
+        yield server
+        server.stop(drain=0)
+
+
+def come_round(server: jobqueue.Server) -> None:
+    """Return once the server has read what came before, and has looked at its clock and at who is late by it."""
+    for _ in range(2):
+        assert healthy(server)
+
+
+def move(server: jobqueue.Server, seconds: float) -> None:
+    come_round(server)
+    server.clock.advance(seconds)
+    come_round(server)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_body_has_a_second_more_for_each_16_kib_and_no_longer(still, framing):
+    """Of the bytes that are announced; where nobody announces them, of those that have come."""
+    size = 10 * RATE
+    if framing == "length":
+        beginning = submit_request(b"x" * size)[:-size]
+    else:
+        beginning = b"POST /api/submit HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        beginning += b"%x\r\n%s\r\n" % (size, b"x" * size)
+    with connect(still.url) as connection:
+        connection.sendall(beginning)
+        move(still, 1 + 10 - 0.1)
+        connection.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            connection.recv(1)
+        connection.settimeout(SOON)
+        move(still, 0.2)
+        assert read_to_the_end(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def deaf(server: jobqueue.Server, path: str) -> socket.socket:
+    """Who asks and does not read."""
+    connection = socket.socket()
+    connection.settimeout(SOON)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    return connection
+
+
+BIG = b"\xff" * 4_100_000  # in base64 more than the system takes off a server's hands (4 MiB by default)
+BIG_ANSWER = len(BIG) * 4 / 3
+
+
+def test_a_worker_that_does_not_read_its_job_is_cut_off_in_time_and_the_job_is_back_in_line_uncounted(still):
+    client = Client(still)
+    job_id = client.put(BIG)
+    with deaf(still, "/api/worker/poll?lease=3600"):
+        client.wait_status(job_id, "processing")
+        move(still, BIG_ANSWER / RATE)
+        assert client.status(job_id) == "processing"
+        move(still, 2)
+        client.wait_status(job_id, "pending", timeout=SOON)
+    job = WorkerOverHttp(still).poll()
+    assert (job.id, job.attempt) == (job_id, 1)
+    assert client.view(job_id)["deliveries"] == 1
+
+
+def test_a_client_that_does_not_read_its_result_is_cut_off_in_time(still):
+    client, worker = Client(still), WorkerOverHttp(still)
+    job_id = client.put(b"1")
+    worker.complete(worker.poll(), BIG)
+    for seconds, in_time in ((BIG_ANSWER / RATE, True), (BIG_ANSWER / RATE + 2, False)):
+        with deaf(still, f"/api/jobs/{job_id}") as connection:
+            move(still, seconds)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            try:
+                came_whole = bool(response.read())
+            except (http.client.IncompleteRead, ConnectionError):
+                came_whole = False
+            assert came_whole == in_time
+
+
+def test_a_worker_that_reads_its_jobs_too_slowly_is_cut_off_although_it_reads(still):
+    """Each time that it reads, the server can write: that moves no deadline."""
+    client = Client(still)
+    ids = [client.put(BIG) for _ in range(4)]
+    seconds = 4 * BIG_ANSWER / RATE
+    with deaf(still, "/api/worker/poll?max=4&lease=43200") as connection:
+        client.wait_status(ids[0], "processing")
+        for _ in range(3):
+            read = 0
+            while read < 2_000_000:
+                data = connection.recv(1 << 20)
+                assert data, "it was cut off too early"
+                read += len(data)
+            move(still, seconds / 3)
+        assert client.stats()["running"] == 4
+        move(still, 2)
+        wait_until(lambda: client.stats()["pending"] == 4, SOON)
+    assert [(job.id, job.attempt) for job in WorkerOverHttp(still).poll_many(4)] == [(job_id, 1) for job_id in ids]
