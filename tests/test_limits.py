@@ -819,3 +819,32 @@ def test_a_worker_that_reads_its_jobs_too_slowly_is_cut_off_although_it_reads(st
         move(still, 2)
         wait_until(lambda: client.stats()["pending"] == 4, SOON)
     assert [(job.id, job.attempt) for job in WorkerOverHttp(still).poll_many(4)] == [(job_id, 1) for job_id in ids]
+
+
+# -- refusals that arrive
+
+
+@pytest.mark.parametrize("status", [401, 413])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_refusal_reaches_a_sender_that_goes_on_sending_for_long(tmp_path, clock, status, framing):
+    """Most libraries look at the answer only when they have sent all: 15 seconds after it was given, here."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("client,worker,admin the-only-token-there-is\n")
+    tokens.chmod(0o600)
+    settings = {"max_payload": 1000, **({"tokens": str(tokens)} if status == 401 else {})}
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, **settings) as server:
+        server.clock = clock
+
+        def pieces() -> Iterator[bytes]:
+            for _ in range(10):
+                yield b"x" * 400_000
+                move(server, 1.5)
+
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SOON)
+        with contextlib.closing(connection):
+            framed = {"Content-Length": "4000000"} if framing == "length" else {}
+            connection.request("POST", "/api/submit", pieces(), framed)
+            answer = read_answer(connection.getresponse())
+        assert answer.status == status
+        assert check_problem(answer)["code"] == {401: "unauthorized", 413: "payload_too_large"}[status]
+        server.stop(drain=0)
