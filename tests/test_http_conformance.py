@@ -6,6 +6,7 @@ to its end.
 
 import base64
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -559,6 +560,76 @@ def test_the_header_fields_have_their_limit(small, length, status):
     answers = small.answers(with_fields(b"X-A: " + padding + b"\r\n") + canary("fields-canary"))
     assert answers[0].status == status
     assert len(answers) == (2 if status == 200 else 1)
+
+
+# == What a head costs
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="no /proc to measure a process by")
+
+
+def cpu(wire):
+    """Nanoseconds that the threads of the server have run."""
+    folder, total = f"/proc/{wire.server.pid}/task", 0
+    for thread in os.listdir(folder):
+        with contextlib.suppress(OSError), open(os.path.join(folder, thread, "schedstat")) as stat:
+            total += int(stat.read().split()[0])
+    return total
+
+
+def cost(wire, act):
+    """What it costs the server, at best: what else it does now and then is none of it."""
+    costs = []
+    for _ in range(3):
+        before = cpu(wire)
+        act()
+        costs.append(cpu(wire) - before)
+    return min(costs)
+
+
+SPACES = {
+    "header": lambda count: with_fields(b"X-A:" + b" " * count + b"\x01\r\n"),
+    "trailer": lambda count: submit(b"Transfer-Encoding: chunked\r\n", b"0\r\nX-A:" + b" " * count + b"\x01\r\n\r\n"),
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("where", SPACES)
+def test_eight_times_the_spaces_cost_by_far_not_64_times_the_time(wire, where):
+    """What is tried anew from each space keeps everybody waiting for one small request."""
+
+    def refuse(count):
+        answers = wire.answers(SPACES[where](count))
+        assert [answer.status for answer in answers] == [400]
+
+    few, many = [cost(wire, functools.partial(refuse, count)) for count in (4_000, 32_000)]
+    print(f"{few / 1e6:.2f} ms, {many / 1e6:.2f} ms")
+    assert many < 20 * few
+
+
+DRIPS = {
+    "header": with_fields(b"X-A: ")[:-2],
+    "trailer": submit(b"Transfer-Encoding: chunked\r\n", b"0\r\nX-A: ", queue=b"drips"),
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("where", DRIPS)
+def test_a_byte_that_drips_in_behind_many_costs_hardly_more_than_one_behind_few(wire, where):
+    """What has been looked at is not looked at again for each byte."""
+    with wire.connect() as connection:
+        connection.sendall(DRIPS[where])
+
+        def drip():
+            for _ in range(100):
+                connection.sendall(b"x")
+                assert wire.call("GET", "/health")[0] == 200  # the byte was read by then, and alone
+
+        few = cost(wire, drip)
+        connection.sendall(b"x" * 30_000)
+        many = cost(wire, drip)
+    print(f"{few / 1e6:.2f} ms, {many / 1e6:.2f} ms for 100 bytes")
+    assert many < 4 * few
 
 
 # == Expect: 100-continue (RFC 9110 10.1.1)
