@@ -5326,7 +5326,16 @@ class Planner:
 # What each request of a worker has of its own: without its job's id and lease token, its head is one of a few.
 _OWN = re.compile(rb"(POST /api/worker/[a-z]{4,8}/)([0-9a-f-]{36})\?lease_token=([0-9a-f]{16})(?=[& ])")
 _CLOSED, _HANDSHAKE, _READING, _HELD, _LINGERING = range(5)
+_ESTABLISHED, _LISTEN = 1, 10  # states of TCP sockets, of Linux (tcp_states.h)
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+def _tcp_state(sock: socket.socket) -> int:
+    """0 where the system does not tell."""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except (AttributeError, OSError):
+        return 0
 
 
 class Connection:
@@ -5642,6 +5651,8 @@ class Connection:
     def _peer_left(self) -> bool:
         """Has the other side hung up, unseen so far? A job must not go to a worker that is gone."""
         try:
+            if self._server.knows_states:  # also behind what was not read yet, such as a farewell of TLS
+                return _tcp_state(self._sock) != _ESTABLISHED
             return socket.socket.recv(self._sock, 1, socket.MSG_PEEK) == b""  # of the socket itself, over TLS too
         except BlockingIOError:
             return False
@@ -5831,7 +5842,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
         "_longest_idle", "held", "stopping", "now", "_second", "date", "_posted", "_awake", "_together", "_wake_in",
-        "_wake_out", "_serving", "_paused",
+        "_wake_out", "_serving", "_paused", "knows_states",
     )
     # fmt: on
 
@@ -5872,6 +5883,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             cut = self.max_connections < settings.max_connections
             reason = f"{files} files may be open (ulimit -n)" if cut else "workers need the other connections"
             log.warning("limits_cut max_connections=%d max_held=%d: %s", self.max_connections, self.max_held, reason)
+        self.knows_states = _tcp_state(self.socket) == _LISTEN
         self.socket.setblocking(False)
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
