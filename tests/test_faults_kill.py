@@ -15,6 +15,7 @@ from rigs import COMPACT, FIGURES, LATE_WRITE, LONG, QuickStarts, build_shim, gr
 from support import DidNotStart, call, wait_until
 
 ROUNDS = 500 if LONG else 20
+KEEP = ("--keep-jobs", "1000000")  # where one history goes over all rounds, none of it may be forgotten
 ROUNDS_A_FOLDER = 20  # then all is drained and checked, and a new folder begun
 LOADS = 5 if LONG else 1  # different loads for the kills at every system call
 
@@ -90,11 +91,10 @@ def test_an_acknowledged_clear_holds_after_kill_9(tmp_path, seed):
 
 def test_kill_9_loses_nothing_of_workers_over_grpc(tmp_path, seed):
     pytest.importorskip("grpc", reason="grpcio is not installed")
-    keep = ("--keep-jobs", "1000000")  # one history for all rounds: none of it may be forgotten
     with QuickStarts(tmp_path) as starts:
         load = Load(History(), seed)
-        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, "--grpc-port", "0", *keep)
-        server = starts.start(*keep)
+        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, "--grpc-port", "0", *KEEP)
+        server = starts.start(*KEEP)
         load.drain(server.port)
         assert check(load.history, server.port)["completed"] > 50
 
@@ -102,8 +102,8 @@ def test_kill_9_loses_nothing_of_workers_over_grpc(tmp_path, seed):
 def test_no_job_outlives_its_ttl_by_kill_9(tmp_path, seed):
     with QuickStarts(tmp_path) as starts:
         load = Load(History(), seed, client_acts={**Load.CLIENT_ACTS, "ttl": 8})
-        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4)
-        server = starts.start()
+        killed_rounds(starts, load, random.Random(seed), ROUNDS // 4, *KEEP)
+        server = starts.start(*KEEP)
         load.drain(server.port)
         check(load.history, server.port)
         states = collections.Counter(job["status"] for job in server_jobs(server.port).values())
