@@ -618,7 +618,7 @@ COMPACTION_FAULTS = [
 
 def fail_a_compaction(starts, load, data, fault, name):
     """Write until a compaction meets the fault, and a little on; return the server, maybe ended."""
-    server = starts.start(*COMPACT)
+    server = starts.start(*COMPACT, "--keep-jobs", "1000000")  # what is drained in the end is not to be forgotten
     wire, rng = Wire(server.port), random.Random(load.seed)
     load.act("client_async", wire, rng)
     with traced(server, fault, paths=[data / name]) as trace, contextlib.suppress(Cut):
