@@ -1944,9 +1944,9 @@ class LocalEngine(Engine):
         "_settings", "_clock", "_failed", "_lock", "journal", "_last_number", "_all_paused", "_jobs", "_order",
         "_lanes", "_keys", "_ttl_ends", "_unfinished", "_unfinished_bytes", "_finished_bytes", "_random", "_delays",
         "_leases", "_ttls", "_polls", "_holds", "_unties", "_kept", "_forget_at", "_watchers", "_clients", "_pollers",
-        "_filled", "_ready", "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_alive_then",
-        "_inflation", "_workers", "_totals", "_waits", "_ahead", "_now", "_wall", "_alarm", "_timer", "_timer_thread",
-        "_alarms",
+        "_filled", "_ready", "_drained", "_closed", "_compacting", "_compact_size", "_compact_again", "_full_again",
+        "_alive_then", "_inflation", "_workers", "_totals", "_waits", "_ahead", "_now", "_wall", "_alarm", "_timer",
+        "_timer_thread", "_alarms",
     )
     # fmt: on
 
@@ -1979,7 +1979,7 @@ class LocalEngine(Engine):
         self._closed = False
         self._compacting: threading.Thread | None = None
         self._compact_size = settings.compact_bytes
-        self._compact_again = 0.0  # not before
+        self._compact_again = self._full_again = 0.0  # not before, after a failed one; on a full disk
         self._alive_then = 0  # bytes of live data when the last compaction began
         self._inflation = 1.0  # bytes in the journal for a byte of live data: text is escaped there, binary is base64
         self._workers: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
@@ -3017,10 +3017,10 @@ class LocalEngine(Engine):
         if self._compacting or self._closed or size <= self._compact_size:
             return
         alive = self._inflation * (self._unfinished_bytes + self._finished_bytes)
-        if size < (1.1 if full else 2) * alive or self._now < self._compact_again:
+        if size < (1.1 if full else 2) * alive or self._now < max(self._compact_again, full and self._full_again):
             return
         if full:
-            self._compact_again = self._now + 10
+            self._full_again = self._now + 10
             self.journal.spend()
         self.journal.lent = full
         count, bodies = self._snapshot()

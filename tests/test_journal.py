@@ -1744,6 +1744,25 @@ def test_on_a_full_disk_there_is_one_compaction_in_ten_seconds_also_where_nothin
     assert queue.engine.figures()["compactions_total"] == 1
 
 
+def test_a_compaction_of_a_full_disk_does_not_put_off_the_next_one_once_there_is_room(make_queue, monkeypatch):
+    """Or the journal fills the disk itself in the seconds until then."""
+    queue = make_queue(compact_bytes=10_000, keep_jobs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.engine.journal._reserve, "fill", lambda: False)
+        for _ in range(3):
+            queue.bring_to("completed")
+        queue.engine.journal.spend()
+        queue.engine._disk_full()
+        queue.engine.peek(("default",))
+        wait_for_compaction()
+    assert queue.engine.figures()["compactions_total"] == 1
+    for _ in range(30):
+        queue.bring_to("completed", payload=b"x" * 1000)
+        wait_for_compaction()
+    assert queue.engine.figures()["compactions_total"] > 1
+    assert queue.engine.journal.size < 20_000
+
+
 def test_after_a_crash_the_name_of_the_file_is_on_the_disk_before_anything_is_acknowledged(make_queue, monkeypatch):
     """The crash may have come between a compaction's rename and the sync of its folder."""
     queue = make_queue()
