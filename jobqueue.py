@@ -238,7 +238,7 @@ SETTINGS = (
     Setting(
         "reserve", _number(int, 0, 1 << 40), MIB, "bytes of disk held back so that completions land on a full disk"
     ),
-    Setting("compact_bytes", COUNT, 32 * MIB, "size from which the journal is compacted, when half of it is dead"),
+    Setting("compact_bytes", COUNT, 64 * MIB, "size from which the journal is compacted, when half of it is dead"),
     Setting("grpc_threads", _number(int, 4, 10_000), 128, "threads of the gRPC side; three of four may be long polls"),
     Setting("tokens", _text, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
     Setting("tls_cert", _text, None, "certificate file (PEM): serve both sides over TLS"),

@@ -203,7 +203,7 @@ def test_a_restart_on_a_full_disk_loses_nothing(tmp_path, seed):
 @needs_root()
 def test_a_disk_that_the_journal_itself_filled_is_freed_by_a_compaction(tmp_path, seed):
     with small_disk(tmp_path, "6m") as (starts, data, _):
-        server = starts.start("--reserve", str(RESERVE), "--keep-jobs", "5", data_dir=data)  # compacts from 32 MiB on
+        server = starts.start("--reserve", str(RESERVE), "--keep-jobs", "5", data_dir=data)  # compacts from 64 MiB on
         load = Load(History(), seed)
         client = Client(load, server)
         payload = b"x" * 100_000
