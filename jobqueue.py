@@ -5922,16 +5922,16 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             except Exception:  # whatever it was: the others are served; what was left over is seen again
                 log.exception("serving_failed")
             self._together = False
+            self._run_posted()
             if self.now >= self._due:
                 while (timed := self.timers.pop_due(self.now)) is not None:
                     self._run(timed.expire, self.now)
                 self._due = self.timers.first()
-            if uncommitted and (not events or self.now - since > self.GATHER):
+            if not uncommitted:
+                uncommitted, since = self._engine.uncommitted(), self.now
+            elif not events or self.now - since > self.GATHER:
                 self._run(self._engine.commit)
-                uncommitted = False
-            self._run_posted()
-            if not uncommitted and self._engine.uncommitted():
-                uncommitted, since = True, self.now
+                uncommitted = False  # what it left is the committing thread's, which posts
         self._serving = 0
 
     def _run_posted(self) -> None:

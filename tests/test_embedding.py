@@ -17,7 +17,7 @@ import time
 import pytest
 
 import jobqueue
-from support import ROOT, FakeClock, wait_until
+from support import ROOT, FakeClock, call, wait_until
 from wires import WORKERS, Client, later, ok
 
 HTTP = WORKERS["http"]
@@ -883,3 +883,34 @@ def test_a_requeue_that_the_disk_stops_midway_says_what_was_done(start, monkeypa
         assert (refusal.status, refusal.json()["code"]) == (507, "disk_full")
     assert (server.engine.stats()["pending"], server.engine.stats()["failed"]) == (2, 4)
     assert client.call("POST", "/api/admin/requeue").json() == {"message": "Jobs requeued", "requeued": 4}
+
+
+def test_the_serving_thread_does_not_spin_while_another_one_waits_for_the_disk(start, monkeypatch):
+    server, at_it, over, turns = start(fsync="always"), threading.Event(), threading.Event(), []
+    real, select = jobqueue._sync_data, server._http.selector.select
+
+    def slow(file):
+        if threading.current_thread().name == "jobqueue-commit":
+            at_it.set()
+            assert over.wait(60)
+        real(file)
+
+    def counted(patience=None):
+        turns.append(patience)
+        return select(patience)
+
+    monkeypatch.setattr(jobqueue, "_sync_data", slow)
+    monkeypatch.setattr(server._http.selector, "select", counted)
+    mine = server.engine.pause("another", True)
+    assert at_it.wait(60)
+    try:
+        theirs = later(call, server.url, "POST", "/api/submit?wait=0", b"2")
+        wait_until(lambda: server.engine.stats()["pending"] == 1, what="the client's job")
+        turns.clear()
+        for _ in range(20):
+            assert call(server.url, "GET", "/health").status == 200
+        assert len(turns) < 500, "a turn for what comes, and none for what does not"
+    finally:
+        over.set()
+    assert theirs.result(60).status == 202
+    assert mine.result(60) == ["another"]
