@@ -40,23 +40,26 @@ import sys
 # compiled code, in a file without a name, where there are such (Linux) and no debugger or profiler runs the script.
 if __name__ == "__main__" and hasattr(os, "memfd_create") and sys._getframe().f_back is None:
     import fcntl
-    import importlib.machinery
     import importlib.util
     import marshal
 
-    if sys.argv[0].startswith("/proc/self/fd/"):  # it has begun anew
+    loader = type(__loader__).__name__
+    if loader == "SourcelessFileLoader" and sys.argv[0].startswith("/proc/self/fd/"):  # it has begun anew
         os.close(int(sys.argv.pop(0).rpartition("/")[2]))
         __file__ = os.path.abspath(sys.argv[0])
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(__file__))
-    elif isinstance(__loader__, importlib.machinery.SourceFileLoader) and os.path.exists("/proc/self/fd"):
+    elif loader == "SourceFileLoader" and "-x" not in sys.orig_argv and os.path.exists("/proc/self/fd"):
         try:
             with open(os.memfd_create("jobqueue"), "wb") as file:
                 file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
                 file.flush()
                 inherited = fcntl.fcntl(file, fcntl.F_DUPFD, 3)  # a standard stream that is closed stays so
                 before, given = sys.orig_argv[: -len(sys.argv)], sys.orig_argv[-len(sys.argv) :]
-                os.execv(sys.executable, [*before, f"/proc/self/fd/{inherited}", *given])
+                try:
+                    os.execv(sys.executable or "", [*before, f"/proc/self/fd/{inherited}", *given])
+                finally:
+                    os.close(inherited)
         except OSError:
             pass  # then it goes on as it is
 
@@ -5345,6 +5348,7 @@ class Connection:
     __slots__ = (
         "_server", "_sock", "peer", "state", "_buffer", "_out", "_plan", "_own", "_body", "_keep", "_later",
         "deadline", "_events", "_refusal", "_started", "_lingered", "_looked_at", "_advancing", "_unsent",
+        "_counts",
     )
     # fmt: on
 
@@ -5355,7 +5359,7 @@ class Connection:
         self._plan: Plan | None = None
         self._body: _Chunks | int | None = None  # what is being read: chunks, or so many bytes
         self._refusal: JobQueueError | None = None  # the answer, once the body has been read
-        self._keep, self._advancing = True, False
+        self._keep, self._advancing, self._counts = True, False, False
         self._later: Later | None = None
         self._unsent: tuple[Later, Any] | None = None  # what to give back when the answer cannot be written whole
         self._started = self._lingered = 0
@@ -5453,7 +5457,8 @@ class Connection:
 
     def _discard(self, size: int) -> None:
         self._lingered += size
-        self.deadline = min(self._server.now + 2, self._body_deadline(self._lingered))
+        if not self._out:
+            self.deadline = min(self._server.now + 2, self._body_deadline(self._lingered))
         if self._lingered > 64 * MIB:
             self.close()
 
@@ -5499,6 +5504,7 @@ class Connection:
         buffer = self._buffer
         if buffer.startswith(b"\r\n"):  # an empty line before a request is forgiven (RFC 9112, 2.2)
             del buffer[:2]
+            self._looked_at = 0
         end = buffer.find(b"\r\n\r\n")
         settings = self._server.settings
         if end < 0 or end > settings.max_headers:
@@ -5599,7 +5605,8 @@ class Connection:
                 answer.future.cancel()
                 return
             self.state, self._later = _HELD, answer
-            self._server.held += self._plan.holds
+            self._counts = self._plan.holds and not answer.future.done()
+            self._server.held += self._counts
             answer.future.add_done_callback(self._ended)
         elif self.state != _CLOSED:
             self.state = _READING
@@ -5618,7 +5625,7 @@ class Connection:
         if self.state == _CLOSED:
             self._lose(later, later.future.outcome)
             return
-        self._server.held -= self._plan.holds
+        self._server.held -= self._counts
         self._answer(later)
 
     def _answer(self, later: Later) -> None:
@@ -5631,7 +5638,7 @@ class Connection:
         if self.state == _CLOSED:
             self._lose(later, value)
         elif self._out:
-            self._unsent = (later, value)
+            self._unsent = (later, value) if later.lost else None
         else:
             self._go_on()
 
@@ -5723,13 +5730,14 @@ class Connection:
         until nothing has come for 2 s, since closing a socket with unread data resets it (RFC 9112, 9.6)."""
         self.state, self._started = _LINGERING, self._server.now
         self._buffer.clear()
-        self._set_deadline(self._server.now + 2)
         self._listen(self._events | _READ)
-        if not self._out:
+        if not self._out:  # of an answer that is still being written, the deadline stays
             self._half_close()
 
     def _half_close(self) -> None:
         """Over TLS too by the socket alone: the answer tells its length, and what still comes has to be read."""
+        self._started = self._server.now
+        self._set_deadline(self._server.now + 2)
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
@@ -5804,7 +5812,7 @@ class Connection:
             unsent, self._unsent = self._unsent, None
             self._lose(*unsent)
         if held and self._later is not None:
-            self._server.held -= self._plan.holds
+            self._server.held -= self._counts
             if self._later.future.cancel():
                 self._later = None
 
@@ -5842,7 +5850,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
         "_longest_idle", "held", "stopping", "now", "_second", "date", "_posted", "_awake", "_together", "_wake_in",
-        "_wake_out", "_serving", "_paused", "knows_states",
+        "_wake_out", "_serving", "_paused", "_tell_again", "knows_states",
     )
     # fmt: on
 
@@ -5874,6 +5882,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._second, self.date = 0, ""  # the Date header of this second
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
         self._awake = self._together = self._paused = False
+        self._tell_again = 0.0  # that accepting failed: not before
         self._wake_in, self._wake_out = socket.socketpair()
         self._serving = 0  # the ident of the serving thread
         if ":" in address[0]:
@@ -5990,7 +5999,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def _accept(self, mask: int) -> None:
         self._longest_idle = None
         for _ in range(64):
-            if self.tls and self._is_packed():  # they wait: to be refused they would have to shake hands
+            if self.tls and self._is_packed() and not self._make_room():  # to be refused they would have to shake hands
                 self._pause()
                 return
             try:
@@ -6049,7 +6058,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def _back_off(self, error: OSError) -> None:
         """Out of file descriptors: accepting again at once would only burn the processor."""
-        log.error("accept_failed error=%s: pausing for 0.25 s", error)
+        if self.now >= self._tell_again:
+            self._tell_again = self.now + 1
+            log.error("accept_failed error=%s: pausing", error)
         self._pause()
 
     def _pause(self) -> None:

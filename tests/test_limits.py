@@ -767,6 +767,16 @@ def deaf(server: jobqueue.Server, path: str) -> socket.socket:
     return connection
 
 
+def came_whole(connection: socket.socket) -> bool:
+    """Read the answer; did all of it come?"""
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    try:
+        return bool(response.read())
+    except (http.client.IncompleteRead, ConnectionError):
+        return False
+
+
 BIG = b"\xff" * 4_100_000  # in base64 more than the system takes off a server's hands (4 MiB by default)
 BIG_ANSWER = len(BIG) * 4 / 3
 
@@ -792,13 +802,41 @@ def test_a_client_that_does_not_read_its_result_is_cut_off_in_time(still):
     for seconds, in_time in ((BIG_ANSWER / RATE, True), (BIG_ANSWER / RATE + 2, False)):
         with deaf(still, f"/api/jobs/{job_id}") as connection:
             move(still, seconds)
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            try:
-                came_whole = bool(response.read())
-            except (http.client.IncompleteRead, ConnectionError):
-                came_whole = False
-            assert came_whole == in_time
+            assert came_whole(connection) == in_time
+
+
+@pytest.mark.parametrize("what", ["it half-closes", "it asked for a close"])
+def test_an_answer_that_is_being_written_is_written_whole(still, what):
+    """Nobody works for who asks: an end of the stream means only that nothing more will be asked."""
+    client, worker = Client(still), WorkerOverHttp(still)
+    job_id = client.put(b"1")
+    worker.complete(worker.poll(), BIG)
+    close = " HTTP/1.1\r\nConnection: close\r\nX:" if what == "it asked for a close" else ""
+    with deaf(still, f"/api/jobs/{job_id}{close}") as connection:
+        come_round(still)
+        if not close:
+            connection.shutdown(socket.SHUT_WR)
+        move(still, 10)
+        assert came_whole(connection)
+
+
+def test_answers_that_are_there_at_once_count_as_no_held_clients(tmp_path, clock):
+    with jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None, clock=clock, fsync="never", max_held=8) as server:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(server.url)) for _ in range(41)]
+            come_round(server)
+            together = threading.Event()
+            server._http.post(lambda: together.wait(SOON))  # so that one turn of the loop finds all of them
+            for number, connection in enumerate(clients):
+                connection.sendall(submit_request(b"1", "?wait=0" if number < 40 else "?wait=0.01"))
+            together.set()
+            come_round(server)
+            clock.advance(1)
+            for connection in clients:
+                response = http.client.HTTPResponse(connection)
+                response.begin()
+                assert (response.status, bool(response.read())) == (202, True)
+        server.stop(drain=0)
 
 
 def test_a_worker_that_reads_its_jobs_too_slowly_is_cut_off_although_it_reads(still):
