@@ -178,6 +178,30 @@ def test_of_a_crowd_over_tls_each_is_served_or_told_that_it_is_one_too_many(proc
     assert "Traceback" not in server.log()
 
 
+def test_over_tls_too_an_idle_connection_makes_room_for_another_one(tmp_path, clock, certs):
+    """However many there are that say nothing, not even a handshake."""
+    files = {"tls_cert": str(certs.server_cert), "tls_key": str(certs.server_key)}
+    with jobqueue.Server(
+        data_dir=tmp_path / "data", port=0, grpc_port=None, clock=clock, max_connections=4, **files
+    ) as server:
+        context, connections = certs.context(), server._http.connections
+        with contextlib.ExitStack() as stack:
+
+            def ask() -> bytes:
+                plain = stack.enter_context(contextlib.closing(connect(server.url, 20)))
+                connection = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                return connection.recv(4096)
+
+            assert [ask()[:13] for _ in range(4)] == [b"HTTP/1.1 200 "] * 4
+            for _ in range(2):
+                stack.enter_context(contextlib.closing(connect(server.url)))
+            wait_until(lambda: len(connections) == 6, 10, "the silent ones to be taken in")
+            clock.advance(2)
+            assert ask()[:13] == b"HTTP/1.1 200 "
+        server.stop(drain=0)
+
+
 def test_a_silent_connection_too_many_over_tls_does_not_keep_the_server_busy(tmp_path, clock, certs, monkeypatch):
     turns = []
 
