@@ -7969,22 +7969,8 @@ def check(arguments: argparse.Namespace) -> int:
     """Verify the journal of a data folder, and say what it holds; it is only read."""
     path = arguments.folder
     path = os.path.join(path, "journal.jsonl") if os.path.isdir(path) else path
-    reader, ops = JournalReader(path), collections.Counter()
-    states: dict[str, str] = {}
-    try:
-        for record in reader:
-            if arguments.dump:
-                _write(json_text(record).encode() + b"\n", flush=False)
-            try:
-                ops[record["op"]] += 1
-                _follow(states, record)
-            except (LookupError, TypeError):
-                raise DataError(f"record {record['seq']} does not follow from those before it: see --dump") from None
-    except FileNotFoundError:
-        raise DataError(f"there is no {path}") from None
-    finally:
-        if arguments.dump:
-            _write(b"")  # what was read before a damage, too
+    reader = JournalReader(path)
+    records, states = _read_through(reader, arguments.dump)
     if arguments.dump:
         return EXIT_OK
     counts = collections.Counter(states.values())
@@ -7992,12 +7978,12 @@ def check(arguments: argparse.Namespace) -> int:
         "file": path,
         "format": reader.version,
         "bytes": reader.end,
-        "records": sum(ops.values()),
+        "records": records,
         "clean_stop": reader.clean,
         "torn_bytes": reader.torn,
         "jobs": {state: counts[state] for state in STATES},
     }
-    text = f"{path}: good, format {reader.version}, {answer['records']} records, {reader.end} bytes, "
+    text = f"{path}: good, format {reader.version}, {records} records, {reader.end} bytes, "
     text += "closed cleanly" if reader.clean else "not closed"
     text += f"; a torn tail of {reader.torn} bytes, which nobody was told of, will be cut off" if reader.torn else ""
     if arguments.json:
@@ -8005,6 +7991,26 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         _say([text, ", ".join(f"{counts[state]} {state}" for state in STATES)])
     return EXIT_OK
+
+
+def _read_through(reader: JournalReader, dump: bool) -> tuple[int, dict[str, str]]:
+    """How many records a journal has, and the state of each job in the end; `dump`: print each."""
+    count, states = 0, {}
+    try:
+        for record in reader:
+            count += 1
+            if dump:
+                _write(json_text(record).encode() + b"\n", flush=False)
+            try:
+                _follow(states, record)
+            except (LookupError, TypeError):
+                raise DataError(f"record {record['seq']} does not follow from those before it: see --dump") from None
+    except FileNotFoundError:
+        raise DataError(f"there is no {reader.path}") from None
+    finally:
+        if dump:
+            _write(b"")  # what was read before a damage, too
+    return count, states
 
 
 def _follow(states: dict[str, str], record: dict[str, Any]) -> None:

@@ -452,14 +452,23 @@ def test_a_script_runs_as_the_same_process_in_the_memory_of_the_compiled_module(
     assert (script.stop(), module.stop()) == (0, 0)
 
 
-FLAGS = [
-    *(["-I"], ["-P"], ["-O"], ["-u", "-X", "dev", "-W", "error"]),
-    *(["-m", "cProfile"], ["-m", "trace", "--count", "--missing"]),
-]
+@pytest.mark.parametrize("flags", [["-I"], ["-P"], ["-O"], ["-u", "-X", "dev", "-W", "error"]], ids=" ".join)
+def test_a_script_keeps_the_flags_of_its_python(flags, tmp_path):
+    tell = "print(sys.flags, sys.warnoptions, sys._xoptions)\n"
+    text = (ROOT / "jobqueue.py").read_text()
+    (tmp_path / "told.py").write_text(text.replace("    sys.exit(main())\n", "    " + tell))
+    (tmp_path / "plain.py").write_text("import sys\n" + tell)
+    done = [
+        subprocess.run([sys.executable, *flags, name], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        for name in ("told.py", "plain.py")
+    ]
+    assert [(one.returncode, one.stderr) for one in done] == [(0, "")] * 2
+    assert done[0].stdout == done[1].stdout
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
-def test_a_script_keeps_the_flags_of_its_python_and_can_be_watched(flags, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["-x"], *(["-m", name] for name in ("cProfile", "trace -c -m"))], ids=" ".join)
+def test_a_script_can_be_linked_and_watched(flags, tmp_path):
+    flags = " ".join(flags).split()
     link = tmp_path / "a link.py"
     link.symlink_to(ROOT / "jobqueue.py")
     command = [sys.executable, *flags, str(link), "--version"]

@@ -72,6 +72,16 @@ class Rig:
         wait_until(lambda: len(self.load.history.calls) >= enough, what="the load to run")
         self.cut_power()
 
+    def cut_power_of(self, growing):
+        """Cut the power while that thread writes, and hold the next server to what was acknowledged; then clear all."""
+        self.cut_power()
+        growing.join()
+        self.load.history.cut(self.moment)
+        self.start()
+        self.check()
+        self.load.history.calls = [clear(self.load.history, self.server.port)]
+        self.server.kill()
+
     def check(self):
         """Hold the server to what was acknowledged; return how many jobs that were."""
         return check(self.load.history, self.server.port, drained=False, leases_survive=False)["accepted"]
@@ -111,13 +121,7 @@ def test_a_power_cut_in_a_compaction_loses_nothing_acknowledged(tmp_path, seed):
                 if (seen / "journal.jsonl").stat().st_ino != before:
                     break
             time.sleep(rng.choice((0, rng.uniform(0, 0.003))))
-            rig.cut_power()
-            growing.join()
-            rig.load.history.cut(rig.moment)
-            rig.start()
-            rig.check()
-            rig.load.history.calls = [clear(rig.load.history, rig.server.port)]
-            rig.server.kill()
+            rig.cut_power_of(growing)
 
 
 @needs("gcc")
@@ -136,13 +140,7 @@ def test_a_power_cut_behind_a_compaction_finds_the_new_journal_whole(tmp_path, s
             growing.start()
             wait_until(lambda file=seen / "journal.jsonl", old=before: file.stat().st_ino != old, what="a compaction")
             time.sleep(rng.uniform(0.02, 0.1))
-            rig.cut_power()
-            growing.join()
-            rig.load.history.cut(rig.moment)
-            rig.start()
-            rig.check()
-            rig.load.history.calls = [clear(rig.load.history, rig.server.port)]
-            rig.server.kill()
+            rig.cut_power_of(growing)
 
 
 def _grow_until_cut(rig, data):
