@@ -5841,6 +5841,11 @@ def render(response: Response, keep: bool, date: str, version: int = 1) -> bytes
     return b"%bContent-Length: %d\r\n\r\n%b" % (data, len(body), body)
 
 
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class HTTPServer(http.server.ThreadingHTTPServer):
     """The sockets. `serve_forever` is the one thread that reads and writes; other threads `post`."""
 
@@ -5850,12 +5855,13 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
         "_longest_idle", "held", "stopping", "now", "_second", "date", "_posted", "_awake", "_together", "_wake_in",
-        "_wake_out", "_serving", "_paused", "_tell_again", "knows_states",
+        "_wake_out", "_serving", "_brisk", "_spins", "_paused", "_tell_again", "knows_states",
     )
     # fmt: on
 
     TURN = 64  # answers that may wait for the end of a turn of the loop, to be sent together
     GATHER = 0.002  # once answers wait for a sync, requests that go on coming for so many seconds share it
+    SPINS, BRISK = 60, 0.0001  # times to ask before it sleeps, where the last wait was under so many seconds
     GRACE = 1.0  # seconds idle before a connection may be closed for another: its next request may be on its way
     request_queue_size = 1024
     daemon_threads = True
@@ -5884,6 +5890,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._awake = self._together = self._paused = False
         self._tell_again = 0.0  # that accepting failed: not before
         self._wake_in, self._wake_out = socket.socketpair()
+        self._brisk = False  # may the next event be near?
+        self._spins = self.SPINS if _processors() > 1 else 0  # with one, those could not run who are waited for
         self._serving = 0  # the ident of the serving thread
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -5920,7 +5928,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         while not (self.stopping and not self.connections):
             # The clock of a test may run ahead of the selector's: look at the deadlines once a second at least.
             patience = None if self._due == math.inf else min(1.0, max(0.0, self._due - self.now))
-            events = self.selector.select(0 if uncommitted else patience)
+            events = self.selector.select(0) if uncommitted else self._wait(patience)
             self._look_at_the_clock()
             self._together = len(events) > 1
             try:
@@ -5942,6 +5950,21 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 self._run(self._engine.commit)
                 uncommitted = False  # what it left is the committing thread's, which posts
         self._serving = 0
+
+    def _wait(self, patience: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        """What happened, or nothing after `patience` seconds (None: no limit).
+
+        While one thing happens at a time, and soon after the last, as with a single client and its worker, it asks on
+        for a moment before it sleeps (busy polling): to be woken takes longer than what is waited for.
+        """
+        began = self._clock.monotonic()
+        for _ in range(self._spins if self._brisk else 0):
+            if events := self.selector.select(0):
+                break
+        else:
+            events = self.selector.select(patience)
+        self._brisk = len(events) == 1 and self._clock.monotonic() - began < self.BRISK
+        return events
 
     def _run_posted(self) -> None:
         while self._posted:

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import http.client
+import itertools
 import os
 import signal
 import socket
@@ -901,6 +902,7 @@ def test_the_serving_thread_does_not_spin_while_another_one_waits_for_the_disk(s
 
     monkeypatch.setattr(jobqueue, "_sync_data", slow)
     monkeypatch.setattr(server._http.selector, "select", counted)
+    monkeypatch.setattr(server._http, "_spins", 0)  # busy polling is bounded, and not meant here
     mine = server.engine.pause("another", True)
     assert at_it.wait(60)
     try:
@@ -914,3 +916,24 @@ def test_the_serving_thread_does_not_spin_while_another_one_waits_for_the_disk(s
         over.set()
     assert theirs.result(60).status == 202
     assert mine.result(60) == ["another"]
+
+
+@pytest.mark.parametrize(("processors", "asked"), [(2, jobqueue.HTTPServer.SPINS), (1, 0)])
+def test_before_it_sleeps_the_serving_thread_asks_a_few_times_where_there_is_a_processor_for_it(
+    start, monkeypatch, processors, asked
+):
+    monkeypatch.setattr(jobqueue, "_processors", lambda: processors)
+    server, waits = start(), []  # time stands still: whatever happens, happens soon after the last
+    select = server._http.selector.select
+
+    def watched(patience=None):
+        events = select(patience)
+        waits.append("something" if events else "nothing yet" if patience == 0 else "slept")
+        return events
+
+    assert call(server.url, "GET", "/health").status == 200  # its last event, the close, may be seen by `watched`
+    monkeypatch.setattr(server._http.selector, "select", watched)
+    assert call(server.url, "GET", "/health").status == 200
+    wait_until(lambda: waits[-1:] == ["slept"], what="the server to sleep")
+    polls = [len(list(run)) for wait, run in itertools.groupby(waits) if wait == "nothing yet"]
+    assert max(polls, default=0) == asked
