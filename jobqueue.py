@@ -5622,23 +5622,20 @@ class Connection:
         later, self._later = self._later, None
         if later is None:
             return
+        value, lost = later.future.outcome, later.lost
         if self.state == _CLOSED:
-            self._lose(later, later.future.outcome)
+            self._lose(later, value)
             return
         self._server.held -= self._counts
-        self._answer(later)
-
-    def _answer(self, later: Later) -> None:
         self.state = _READING
-        value = later.future.outcome
-        if later.lost and self._peer_left():
+        if lost and self._peer_left():
             self.close()
         else:
             self._respond(self._server.shape(later, value))
         if self.state == _CLOSED:
             self._lose(later, value)
         elif self._out:
-            self._unsent = (later, value) if later.lost else None
+            self._unsent = (later, value) if lost else None
         else:
             self._go_on()
 
@@ -5967,8 +5964,13 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         return events
 
     def _run_posted(self) -> None:
-        while self._posted:
-            self._run(self._posted.popleft())
+        posted = self._posted
+        while posted:
+            try:
+                while posted:
+                    posted.popleft()()
+            except Exception:  # whatever it was: the others are served
+                log.exception("serving_failed")
 
     @staticmethod
     def _run(call: Callable[..., None], *arguments: Any) -> None:
