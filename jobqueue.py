@@ -871,9 +871,10 @@ class Future:
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         if self._state == _PENDING:
-            ended = threading.Event()
-            self.add_done_callback(lambda _: ended.set())
-            if not ended.wait(timeout):
+            ended = threading.Lock()  # to park on: a lock in C, where an Event is three objects in Python
+            ended.acquire()
+            self.add_done_callback(lambda _: ended.release())
+            if not ended.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
                 raise TimeoutError(f"no answer within {timeout} s")
         if self._state == _CANCELLED:
             return JobQueueError("job_cancelled", "nobody waits for this any more")
@@ -6291,20 +6292,21 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
     def __init__(self, threads: int, clock: Clock) -> None:
         super().__init__(threads, "jobqueue-grpc")
         self._clock, self._most = clock, threads
-        self._calls: collections.deque[tuple[concurrent_futures.Future, Callable]] = collections.deque()
+        self._calls: collections.deque[tuple[Future, Callable]] = collections.deque()
         self._running, self._limit, self._taken, self._ended = 0, self.RUNNING, 0, False
-        self._turns = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._turns = threading.Condition(self._lock)
         self._unwatched = False  # is the overseer asleep? Then it is notified when a call has to wait
         threading.Thread(target=self._oversee, name="jobqueue-grpc-overseer", daemon=True).start()
 
-    def submit(self, call: Callable, /, *args: Any, **named: Any) -> concurrent_futures.Future:
-        future: concurrent_futures.Future = concurrent_futures.Future()
+    def submit(self, call: Callable, /, *args: Any, **named: Any) -> Future:
+        future = Future()
         self._calls.append((future, functools.partial(call, *args, **named)))
         self._start_another()
         return future
 
     def _start_another(self) -> None:
-        with self._turns:
+        with self._lock:
             start = self._running < self._limit and bool(self._calls)
             self._running += start
             if not start:
@@ -6313,10 +6315,11 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
             super().submit(self._run)
 
     def _run(self) -> None:
-        took = 0.0
+        began = math.inf
         while True:
-            with self._turns:
-                if took > self.STUCK:  # perhaps it was taken for stuck
+            now = self._clock.monotonic()
+            with self._lock:
+                if now - began > self.STUCK:  # perhaps it was taken for stuck
                     self._limit = max(self.RUNNING, self._limit - 1)
                 if self._running > self._limit or not self._calls:
                     self._running -= 1
@@ -6324,13 +6327,13 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
                     return
                 future, call = self._calls.popleft()
                 self._taken += 1
-            began = self._clock.monotonic()
-            if future.set_running_or_notify_cancel():
+            began = now
+            if future.claim():
                 try:
-                    future.set_result(call())
+                    value = call()
                 except BaseException as error:
-                    future.set_exception(error)
-            took = self._clock.monotonic() - began
+                    value = error
+                future.set_result(value)
 
     def _have_watched(self) -> None:
         """Calls that wait must not depend on threads that may be stuck."""
@@ -6357,16 +6360,17 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
             self._turns.notify()
         super().shutdown(*args, **named)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While the thread that runs this waits."""
-        with self._turns:
+    def result(self, future: Future) -> Any:
+        """What comes of a future for which the calling thread, one of the pool's, may have to wait."""
+        if future.done():
+            return future.result()
+        with self._lock:
             self._running -= 1
         self._start_another()
         try:
-            yield
+            return future.result()
         finally:
-            with self._turns:
+            with self._lock:
                 self._running += 1
 
 
@@ -6420,7 +6424,7 @@ class WorkerServicer:
             (result.job_id, result.lease_token or None, _sent(result), result.content_type or None)
             for result in request.results
         ]
-        outcomes = self._result(self._service.complete_many(results))
+        outcomes = self._pool.result(self._service.complete_many(results))
         rows = []
         for (job_id, *_), outcome in zip(results, outcomes, strict=True):
             row = self._messages.CompleteResult(job_id=job_id, status=200)
@@ -6436,7 +6440,7 @@ class WorkerServicer:
         retry = request.retry if request.HasField("retry") else None
         delay = checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
         future = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay)
-        outcome = self._result(future)
+        outcome = self._pool.result(future)
         retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
         return self._messages.FailResponse(
             status=outcome.job.state, retry_in_seconds=retry_in, duplicate=outcome.duplicate
@@ -6465,7 +6469,8 @@ class WorkerServicer:
         lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
         most = checked(_MAX, "max", request.max) if request.max else 1
         worker = checked(_label, "worker", request.worker) or _peer_of(context)
-        return Claim(queues, most, lease, checked(_WAIT, "wait_seconds", request.wait_seconds), worker)
+        wait = checked(_WAIT, "wait_seconds", request.wait_seconds) if request.wait_seconds else 0.0
+        return Claim(queues, most, lease, wait, worker)
 
     def _poll(self, claim: Claim, context: Any) -> list[Job]:
         jobs = self._wait(self._engine.poll, claim, context)
@@ -6490,9 +6495,9 @@ class WorkerServicer:
         """Park this thread until the answer is there; a caller that hangs up leaves the line. Where too many are
         parked already, what can be answered without waiting for a job is."""
         if claim is None or not claim.wait:
-            return self._result(begin(claim))
+            return self._pool.result(begin(claim))
         if not self._parking.acquire(blocking=False):
-            answer = self._result(begin(claim._replace(wait=0.0)))
+            answer = self._pool.result(begin(claim._replace(wait=0.0)))
             if answer:
                 return answer
             raise JobQueueError(
@@ -6502,22 +6507,16 @@ class WorkerServicer:
             future = begin(claim)
             if not (future.done() or context.add_callback(future.cancel)):
                 future.cancel()
-            return self._result(future)
+            return self._pool.result(future)
         finally:
             self._parking.release()
-
-    def _result(self, future: Future) -> Any:
-        if not future.done():
-            with self._pool.waiting():
-                return future.result()
-        return future.result()
 
     def _job(self, job: Job) -> Any:
         data = {"payload_bytes": job.payload} if job.kind == "binary" else {"payload": job.payload.decode()}
         expires = iso_time(job.expires) if job.expires is not None else ""
         return self._messages.Job(
             id=job.id,
-            headers=json.loads(job.headers),
+            headers=_headers_of(job.headers),
             queue=job.queue,
             priority=job.priority,
             attempt=job.failures + 1,
@@ -6527,6 +6526,14 @@ class WorkerServicer:
             expires_at=expires,
             **data,
         )
+
+
+_known_headers = functools.lru_cache(512)(json.loads)
+
+
+def _headers_of(text: str) -> dict[str, str]:
+    """A submitter's headers; those of many jobs are alike."""
+    return (_known_headers if len(text) <= 2048 else json.loads)(text)
 
 
 def _sent(result: Any) -> bytes:
@@ -6617,11 +6624,13 @@ class GrpcServer:
         stubs.add_WorkerServiceServicer_to_server(guarded(), self._server)
 
     def _guard(self, name: str, method: Callable) -> Callable:
+        access = self._service.access
+
         def call(request: Any, context: Any) -> Any:
             begin, answer, problem = self._clock.monotonic(), None, None
             try:
-                metadata = dict(context.invocation_metadata())
-                self._service.access.check(metadata.get("authorization"), "worker")
+                if not access.open:
+                    access.check(dict(context.invocation_metadata()).get("authorization"), "worker")
                 answer = method(request, context)
             except JobQueueError as error:
                 problem = error
@@ -6641,7 +6650,10 @@ class GrpcServer:
 
     def _count(self, name: str, code: str, seconds: float, context: Any) -> None:
         with self._counting:
-            self.requests.setdefault((name, code), Histogram()).observe(seconds)
+            seen = self.requests.get((name, code))
+            if seen is None:
+                seen = self.requests[name, code] = Histogram()
+            seen.observe(seconds)
         if self._access_log:
             log.info("request peer=%s grpc=%s status=%s seconds=%.6f", _peer_of(context), name, code, seconds)
 
