@@ -36,30 +36,38 @@ from __future__ import annotations
 import os
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever has only the file learns it here
+    raise SystemExit(f"jobqueue needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+
 # While Python runs a script it keeps the script's syntax tree: 19 MB of this one. So the process begins anew from the
 # compiled code, in a file without a name, where there are such (Linux) and no debugger or profiler runs the script.
 if __name__ == "__main__" and hasattr(os, "memfd_create") and sys._getframe().f_back is None:
-    import fcntl
-    import importlib.util
-    import marshal
-
     loader = type(__loader__).__name__
-    if loader == "SourcelessFileLoader" and sys.argv[0].startswith("/proc/self/fd/"):  # it has begun anew
+    if loader == "SourcelessFileLoader" and sys.argv[0].startswith("/proc/self/fd/") and len(sys.argv) > 1:
+        # It has begun anew. Until the path is right nothing may be imported: Python made it the root folder.
         os.close(int(sys.argv.pop(0).rpartition("/")[2]))
         __file__ = os.path.abspath(sys.argv[0])
         if not sys.flags.safe_path:
             sys.path[0] = os.path.dirname(os.path.realpath(__file__))
-    elif loader == "SourceFileLoader" and "-x" not in sys.orig_argv and os.path.exists("/proc/self/fd"):
+    elif loader == "SourceFileLoader":
+        import fcntl
+        import importlib.util
+        import marshal
+
+        flags, given = sys.orig_argv[: -len(sys.argv)], sys.orig_argv[-len(sys.argv) :]
+        skips = any(flag[:1] == "-" and "x" in flag for flag in flags)  # -x would skip a line of the compiled code
         try:
-            with open(os.memfd_create("jobqueue"), "wb") as file:
-                file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
-                file.flush()
-                inherited = fcntl.fcntl(file, fcntl.F_DUPFD, 3)  # a standard stream that is closed stays so
-                before, given = sys.orig_argv[: -len(sys.argv)], sys.orig_argv[-len(sys.argv) :]
-                try:
-                    os.execv(sys.executable or "", [*before, f"/proc/self/fd/{inherited}", *given])
-                finally:
-                    os.close(inherited)
+            if os.path.samefile(sys.executable or "", "/proc/self/exe") and not skips:  # argv[0] may name another one
+                with open(os.memfd_create("jobqueue"), "wb") as file:
+                    file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
+                    file.flush()
+                    inherited = fcntl.fcntl(file, fcntl.F_DUPFD, 3)  # a standard stream that is closed stays so
+                    path = f"/proc/self/fd/{inherited}"
+                    try:
+                        open(path, "rb").close()  # may it be opened? Afterwards there is no way back
+                        os.execv(sys.executable, [*flags, path, *given])
+                    finally:
+                        os.close(inherited)
         except OSError:
             pass  # then it goes on as it is
 
@@ -6273,9 +6281,14 @@ def _import_grpc() -> tuple[Any, Any, Any]:
     try:
         import grpc
 
+        if not hasattr(grpc, "server"):
+            raise ImportError(f"what Python found as grpc is not grpcio: {list(grpc.__path__)}")
         from worker_pb2_gen import worker_pb2, worker_pb2_grpc
     except Exception as error:  # a version that does not fit raises more than ImportError
-        raise GrpcUnavailable(f"{type(error).__name__}: {error}") from None
+        advice = "run: pip install grpcio protobuf grpcio-reflection grpcio-health-checking"
+        if getattr(error, "name", None) == "worker_pb2_gen":
+            advice = "put the folder worker_pb2_gen beside jobqueue.py"
+        raise GrpcUnavailable(f"{type(error).__name__}: {error}: for gRPC workers {advice}") from None
     finally:
         if quiet:
             del os.environ["GRPC_VERBOSITY"]
@@ -6760,11 +6773,7 @@ class Server:
             try:
                 self._grpc = GrpcServer(self.service, settings, self.clock)
             except GrpcUnavailable as error:
-                log.warning(
-                    "grpc_off reason=%s: for gRPC workers run: pip install grpcio protobuf grpcio-reflection "
-                    "grpcio-health-checking",
-                    error,
-                )
+                log.warning("grpc_off reason=%s", error)
             except BaseException:
                 self._http.server_close()
                 raise
@@ -7079,7 +7088,7 @@ class Client:
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Status, headers and body of the answer. A query value of None is left out. Raises Unreachable."""
         given = {name: value for name, value in query.items() if value is not None}
-        target = self._path + path + ("?" + urllib.parse.urlencode(given) if given else "")
+        target = self._path + path + ("?" + urllib.parse.urlencode(given, errors="surrogateescape") if given else "")
         try:
             connection = self._connect(timeout)
             connection.request(method, target, body or None, {**self._headers, **(headers or {})})
@@ -7178,6 +7187,10 @@ class Worker:
         self._job: PolledJob | None = None  # the one that runs
 
     def work(self) -> None:
+        with contextlib.closing(self._client), contextlib.closing(self._heart):
+            self._work()
+
+    def _work(self) -> None:
         pause = 0.1
         while not self._stopping.is_set():
             try:
@@ -7191,8 +7204,6 @@ class Worker:
                 continue
             if job:
                 self._serve(job)
-        self._client.close()
-        self._heart.close()
 
     def stop(self) -> None:
         """Take no more jobs; the one that runs is finished."""
@@ -7581,6 +7592,9 @@ class _Bell:
         """From now on. In its last moments the interpreter puts the default back for all but what is ignored."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        self._in.close()
+        self._out.close()
 
     def ring(self) -> None:
         with contextlib.suppress(OSError):
@@ -7662,7 +7676,9 @@ def work(arguments: argparse.Namespace) -> int:
     else:
         raise ValueError(f"cannot run {command[0]}: not {'executable' if os.path.exists(command[0]) else 'found'}")
     set_up_logging("text", "info")
-    name = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
+    name = _label("--worker", arguments.worker or f"{socket.gethostname()}-{os.getpid()}")
+    if arguments.queue:
+        _queues("--queue", arguments.queue)
     options = {"queue": arguments.queue, "lease": arguments.lease, "worker": name}
     workers = [Worker(_client(arguments), _client(arguments), run, options) for _ in range(arguments.concurrency)]
     bell = _Bell((signal.SIGTERM, signal.SIGINT))
@@ -7742,7 +7758,8 @@ def _print_answer(
     arguments: argparse.Namespace, tell: Callable[[bytes], list[str]], method: str, path: str, **query: Any
 ) -> int:
     """Ask, and print the answer: as it came with --json, else the lines that `tell` makes of it for people."""
-    body, lines = _client(arguments).ask(lambda body: (body, tell(body)), method, path, **query)
+    with contextlib.closing(_client(arguments)) as client:
+        body, lines = client.ask(lambda body: (body, tell(body)), method, path, **query)
     if arguments.json:
         _write(body + b"\n")
     else:
@@ -7808,16 +7825,10 @@ def submit(arguments: argparse.Namespace) -> int:
         "Idempotency-Key": _header("--key", arguments.key),
     }
     payload = _input().read() if arguments.payload == "-" else os.fsencode(arguments.payload)
-    body, job_id, result = _client(arguments).ask(
-        _submitted,
-        "POST",
-        "/api/submit",
-        payload,
-        {name: value for name, value in headers.items() if value},
-        timeout=None,
-        wait=arguments.wait,
-        **options,
-    )
+    headers = {name: value for name, value in headers.items() if value}
+    options |= {"wait": arguments.wait, "timeout": None}
+    with contextlib.closing(_client(arguments)) as client:
+        body, job_id, result = client.ask(_submitted, "POST", "/api/submit", payload, headers, **options)
     try:
         _write(body + b"\n" if arguments.json else f"{job_id}\n".encode() if result is None else result)
     except Unwritten as error:
@@ -7839,12 +7850,12 @@ def _submitted(body: bytes) -> tuple[bytes, str, bytes | None]:
 
 def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     """Each line is a payload. Sent in batches, each of them whole or not at all; also where nobody reads the ids."""
-    client, done, read = _client(arguments), 0, 0
+    done = read = 0
     source = _input() if arguments.file == "-" else open(arguments.file, "rb")  # noqa: SIM115
     size = 0 if arguments.file == "-" else os.path.getsize(arguments.file)
     shown = sys.stderr is not None and sys.stderr.isatty()
     unwritten: Unwritten | None = None
-    with source:
+    with source, contextlib.closing(_client(arguments)) as client:
         for lines in _batches(source, 5000, 8 * MIB):
             try:
                 body, ids = client.ask(
@@ -7894,20 +7905,14 @@ def list_jobs(arguments: argparse.Namespace) -> int:
         return _print_answer(arguments, _job_lines, "GET", f"/api/jobs/{_quoted(arguments.job_id)}")
     status = "processing" if arguments.status == "running" else arguments.status
     found: list[tuple[str, dict[str, Any]]] = []
-    after, client = None, _client(arguments)
-    while len(found) < arguments.limit:
-        page, after = client.ask(
-            _job_page,
-            "GET",
-            "/api/jobs",
-            queue=arguments.queue,
-            status=status,
-            limit=min(1000, arguments.limit - len(found)),
-            after=after,
-        )
-        found += page
-        if after is None:
-            break
+    asked = {"queue": arguments.queue, "status": status, "after": None}
+    with contextlib.closing(_client(arguments)) as client:
+        while len(found) < arguments.limit:
+            limit = min(1000, arguments.limit - len(found))
+            page, asked["after"] = client.ask(_job_page, "GET", "/api/jobs", limit=limit, **asked)
+            found += page
+            if asked["after"] is None:
+                break
     if arguments.json:
         _write(b"".join(json_text(job).encode() + b"\n" for _, job in found))
     else:
@@ -7923,7 +7928,7 @@ def _job_page(body: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int | None
 
 
 def _quoted(job_id: str) -> str:
-    return urllib.parse.quote(job_id, safe="")
+    return urllib.parse.quote(job_id, safe="", errors="surrogateescape")
 
 
 def _job_lines(body: bytes) -> list[str]:
@@ -8071,7 +8076,8 @@ def token(arguments: argparse.Namespace) -> int:
     secret = secrets.token_urlsafe(32)
     while secret[0] == "-":  # as an argument it would be taken for a flag
         secret = secrets.token_urlsafe(32)
-    _say([" ".join(filter(None, (arguments.scope, secret, arguments.name)))])
+    line = " ".join(filter(None, (arguments.scope, secret, arguments.name)))
+    _write(line.encode() + b"\n")  # as --tokens reads it, whatever the terminal speaks
     return EXIT_OK
 
 
@@ -8242,8 +8248,8 @@ def _refuse_empty(arguments: argparse.Namespace) -> None:
 
 def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     if argv[:1] in (["-h"], ["--help"]):
-        rows = [f"  {name:8} {command.run.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-        _say([*__doc__.splitlines(), "", "Commands (each has --help; without one: serve):", *rows])
+        rows = [f"  {name:8} {(command.run.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
+        _say([*(__doc__ or "").splitlines(), "", "Commands (each has --help; without one: serve):", *rows])
         raise SystemExit(EXIT_OK)
     if argv[:1] == ["--version"]:
         _say([f"jobqueue {__version__}"])

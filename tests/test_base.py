@@ -436,11 +436,34 @@ def test_without_grpcio_http_runs_and_one_line_says_how_to_get_grpc(tmp_path):
     assert "Traceback" not in running.log()
 
 
+def test_what_is_named_grpc_and_is_not_grpcio_is_as_good_as_none(tmp_path):
+    (tmp_path / "other" / "grpc").mkdir(parents=True)
+    (tmp_path / "other" / "grpc" / "__init__.py").write_text("")
+    running = start_plain(tmp_path, {"PYTHONPATH": str(tmp_path / "other")}, "--port", "0", "--grpc-port", "0")
+    assert running.grpc_port is None
+    assert "what Python found as grpc is not grpcio" in running.log() and "pip install" in running.log()
+    assert running.stop() == 0
+
+
+def test_the_file_alone_says_what_it_lacks_for_grpc(tmp_path):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    shutil.copy(ROOT / "jobqueue.py", tmp_path)
+    command = [sys.executable, str(tmp_path / "jobqueue.py"), "--port", "0", "--grpc-port", "0"]
+    running = ServerProcess(command, {**os.environ}, tmp_path)
+    running.wait_ready(30)
+    assert running.grpc_port is None
+    assert "put the folder worker_pb2_gen beside jobqueue.py" in running.log() and "pip" not in running.log()
+    assert running.stop() == 0
+
+
 def resident(pid):
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only where files without a name are")
+linux_only = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only where files without a name are")
+
+
+@linux_only
 def test_a_script_runs_as_the_same_process_in_the_memory_of_the_compiled_module(tmp_path):
     script = start_plain(tmp_path, {}, "--port", "0", "--grpc-port", "off")
     (tmp_path / "module").mkdir()
@@ -466,7 +489,58 @@ def test_a_script_keeps_the_flags_of_its_python(flags, tmp_path):
     assert done[0].stdout == done[1].stdout
 
 
-@pytest.mark.parametrize("flags", [[], ["-x"], *(["-m", name] for name in ("cProfile", "trace -c -m"))], ids=" ".join)
+def anew(tmp_path, *arguments, flags=(), edit=("", ""), **options):
+    """Whether such a script begins anew from its compiled code, by what Python was started with in the end."""
+    text = (ROOT / "jobqueue.py").read_text().replace("    sys.exit(main())\n", "    print(sys.orig_argv)\n")
+    assert edit[0] in text
+    (tmp_path / "told.py").write_text(text.replace(*edit) if edit[0] else text)
+    command = [sys.executable, *flags, "told.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return "/proc/self/fd/" in done.stdout
+
+
+@linux_only
+def test_a_script_begins_anew_whatever_its_own_arguments_are(tmp_path):
+    assert anew(tmp_path, "work", "--", "bash", "-x")
+    assert not anew(tmp_path, flags=["-x"])
+    assert not anew(tmp_path, flags=["-Bx"])
+
+
+@linux_only
+def test_a_script_that_was_started_under_another_program_s_name_does_not_start_that_one(tmp_path):
+    other = tmp_path / "bin" / "jobqueue"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho another program\n")
+    other.chmod(0o755)
+    env = {**os.environ, "PATH": f"{other.parent}:{os.environ['PATH']}"}
+    command = ["jobqueue", str(ROOT / "jobqueue.py"), "--version"]
+    done = subprocess.run(command, executable=sys.executable, capture_output=True, text=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"jobqueue {jobqueue.__version__}\n", "")
+
+
+@linux_only
+def test_a_script_whose_compiled_code_may_not_be_opened_goes_on_as_it_is(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins\nreal = open\n"
+        "def refusing(path, *args, **named):\n"
+        "    if str(path).startswith('/proc/self/fd'):\n"
+        "        raise PermissionError(13, 'Permission denied')\n"
+        "    return real(path, *args, **named)\n"
+        "builtins.open = refusing\n"
+    )
+    assert not anew(tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
+@linux_only
+def test_a_script_that_begins_anew_imports_nothing_before_its_path_is_right(tmp_path):
+    """Python makes it the root folder, where anybody's `fcntl.py` might lie."""
+    line = "        os.close(int(sys.argv.pop(0)"
+    told = f'        assert not {{"fcntl", "importlib.util"}} & sys.modules.keys()\n{line}'
+    assert anew(tmp_path, flags=["-S", "-E"], edit=(line, told))
+
+
+@pytest.mark.parametrize("flags", [[], ["-x"], ["-Bx"], ["-m", "cProfile"], ["-m", "trace -c -m"]], ids=" ".join)
 def test_a_script_can_be_linked_and_watched(flags, tmp_path):
     flags = " ".join(flags).split()
     link = tmp_path / "a link.py"

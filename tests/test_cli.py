@@ -249,6 +249,8 @@ BAD = {
     "key without a certificate to call with": (["stats", "--key-file", "k.pem"], "--key-file needs --cert"),
     "certificate to call with that is not there": (
         ["stats", "--url", "https://x", "--cert", "c.pem"], "--cert c.pem: No such file"),
+    "work under a name that is no text": (["work", "--worker", "w\udcff", "--", "cat"], "--worker must be"),
+    "work for a queue that cannot be": (["work", "--queue", "a b", "--", "cat"], "--queue must be"),
     "token name with a line end": (["token", "--scope", "worker", "--name", "a\nadmin b"], "name"),
 }
 
@@ -285,6 +287,37 @@ def test_a_closed_standard_input_is_exit_2(server):
         done = by_shell(server.url, f"{arguments} <&-")
         said(done, USAGE)
         assert b"standard input is closed" in done.stderr
+
+
+def test_an_argument_that_is_no_text_is_told_by_the_server(server):
+    for arguments in (["jobs", "--queue", "\udcff"], ["pause", "--queue", "\udcff"], ["cancel", "\udcff"]):
+        done = spawn(server.url, *arguments)
+        said(done, NO)
+        assert b"queue must be" in done.stderr or b"there is no" in done.stderr, done.stderr
+
+
+def test_commands_leave_nothing_open(server, queue):
+    """As Python's development mode tells."""
+    watched = [sys.executable, "-X", "dev", "-W", "error", str(ROOT / "jobqueue.py")]
+    for arguments in (["submit", "1", "--queue", queue, "--wait", "0"], ["jobs"], ["stats"], ["requeue", "none"]):
+        done = subprocess.run([*watched, *arguments], env=environment(server.url), capture_output=True, timeout=60)
+        assert b"Warning" not in done.stderr and b"Traceback" not in done.stderr, done.stderr
+    command = [*watched, "work", "--queue", queue, "--", "cat"]
+    worker = subprocess.Popen(command, env=environment(server.url), stderr=subprocess.PIPE)
+    completed = f"/api/jobs?queue={queue}&status=completed"
+    wait_until(lambda: call(server.url, "GET", completed).json()["jobs"], what="its job")
+    worker.terminate()
+    _, errors = worker.communicate(timeout=60)
+    assert worker.returncode == OK
+    assert b"Warning" not in errors and b"Traceback" not in errors, errors
+
+
+def test_help_needs_no_docstrings():
+    for arguments in (["--help"], ["work", "--help"]):
+        command = [sys.executable, "-OO", str(ROOT / "jobqueue.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "work" in done.stdout
 
 
 def test_usage_has_the_name_of_the_installed_command(tmp_path):
@@ -688,6 +721,11 @@ def test_a_token_is_a_line_for_the_file_and_never_the_same_twice(capsys):
     assert lines[0][::2] == ["worker,client", "gpu host 1"] and lines[2][:1] == ["admin"]
     assert len({words[1] for words in lines}) == 4
     assert all(len(words[1]) >= 32 for words in lines)
+
+
+def test_a_token_s_name_is_written_as_the_file_is_read_whatever_the_terminal_speaks():
+    done = spawn(NOBODY, "token", "--scope", "worker", "--name", "jörg", PYTHONIOENCODING="latin-1")
+    assert done.stdout.decode().endswith(" jörg\n")
 
 
 # -- serve
