@@ -995,6 +995,9 @@ def _sync_folder(path: str) -> None:
             os.close(fd)
 
 
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would write CR LF for a line end, and offsets would be wrong
+
+
 def _private(path: str, flags: int) -> int:
     """An opener: payloads are nobody else's business."""
     return os.open(path, flags, 0o600)
@@ -1254,7 +1257,7 @@ class Journal:
                 what = "no closing record; reading, rewriting, syncing"
                 log.warning("unclean_stop file=%s records=%d: %s", self.path, reader.seq, what)
                 self._rewrite(reader)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | _BINARY)
         self.append('{"op":"open"}', urgent=True)
         _sync_data(self._file)
         self.synced = self.seq
@@ -1264,7 +1267,7 @@ class Journal:
     def _rewrite(self, reader: JournalReader) -> None:
         """Write what is not known to be on the disk once more, where it stands, with the same bytes: so it takes no
         room, and a crash amid it harms nothing."""
-        fd = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        fd = os.open(self.path, os.O_RDWR | _BINARY)
         try:
             os.ftruncate(fd, reader.end)
             at = _last_lines(fd, reader.end, reader.seq - reader.synced)
@@ -1601,11 +1604,10 @@ class _NewFile:
         self._journal = journal
         self.size, self._offset = 0, offset
         self.done, self.error = threading.Event(), None
-        self.file = os.open(
-            self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600
-        )
+        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | _BINARY, 0o600)
+        count, bodies = snapshot
         try:
-            self._write_snapshot(last - snapshot[0], last, snapshot[1])
+            self._write_snapshot(last - count, last, bodies)
             self.snapshot_size = self.size
             self.follow()
             self.sync()
