@@ -1483,17 +1483,15 @@ class Journal:
     def _sleep(self) -> int:
         """Until somebody waits, or it is time to look again: the last record then, where the watermark does not cover
         it yet. `_wake` is held."""
-        self._asleep = self._settings.fsync != "never"  # first, so that an append comes after it or is seen
-        unmarked = self.seq if self._dirty() else 0
+        syncs = self._settings.fsync != "never"
+        self._asleep = syncs  # first, so that an append comes after it or is seen
+        unmarked = self.seq if syncs and self.seq > self._marked else 0
         if unmarked:
             self._asleep = False
         patience = self.IDLE if self.durable else self._settings.fsync_interval
         self._clock.wait(self._wake, patience if unmarked else None)
         self._asleep = False
         return unmarked
-
-    def _dirty(self) -> bool:
-        return self.seq > self._marked and self._settings.fsync != "never"
 
     def _sync(self, idle: bool) -> None:
         seq = self.seq
@@ -1682,11 +1680,11 @@ class _Reserve:
         return not self.spent
 
     def _allocate(self, fd: int) -> None:
-        missing = self._size - os.fstat(fd).st_size
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, self._size)
-        elif missing > 0:
-            os.lseek(fd, 0, os.SEEK_END)
+            return
+        missing = self._size - os.lseek(fd, 0, os.SEEK_END)
+        if missing > 0:
             _write_all(fd, bytes(missing))
 
     def spend(self) -> bool:
