@@ -2018,7 +2018,7 @@ class LocalEngine(Engine):
             raise
         self._timer_thread.start()
 
-    # -- restart
+    # -- the lock is held: restart
 
     def _restore(self) -> None:
         collecting = gc.isenabled()
@@ -2172,6 +2172,14 @@ class LocalEngine(Engine):
             raise JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id)
         job = self._change(job, "cancel", finished=self._wall)
         return self._promise(job, job.seq, job_id)
+
+    @_verb
+    def _untie(self, job_id: str) -> None:
+        """A client that asked for it has hung up."""
+        try:
+            self._untied(job_id)
+        except JobQueueError:  # the disk did not take it: once more in a second
+            self._arm(self._unties, job_id, self._now + 1)
 
     # -- workers
 
@@ -2362,6 +2370,8 @@ class LocalEngine(Engine):
             for name, seen in self._workers.items()
         ]
 
+    # -- the end
+
     def draining(self) -> bool:
         return self._drained is not None
 
@@ -2371,15 +2381,6 @@ class LocalEngine(Engine):
             self._drained = Future()
             self._end_polls()
         return self._drained
-
-    def lead(self) -> None:
-        self.journal.lead()
-
-    def uncommitted(self) -> bool:
-        return self.journal.uncommitted()
-
-    def commit(self) -> None:
-        self.journal.commit()
 
     def close(self) -> None:
         with contextlib.suppress(JobQueueError):
@@ -2391,13 +2392,33 @@ class LocalEngine(Engine):
             self._timer_thread.join()
         self.journal.close()
 
+    @_verb
+    def _finish(self) -> None:
+        """The end."""
+        self._send_away()
+        self._closed = True
+        self._timer.notify()
+
+    # -- the disk
+
+    def lead(self) -> None:
+        self.journal.lead()
+
+    def uncommitted(self) -> bool:
+        return self.journal.uncommitted()
+
+    def commit(self) -> None:
+        self.journal.commit()
+
+    def _disk_full(self) -> None:
+        """Called by the journal, under the lock."""
+        self._compact_size = 0  # the journal itself may be what fills it
+
     def _disk_failed(self) -> None:
+        """Called by the journal, under whatever lock: so a thread takes this one."""
         self._failed()
         with contextlib.suppress(RuntimeError):  # no thread is to be had: the end tells them
             threading.Thread(target=self._give_up, name="jobqueue-failed", daemon=True).start()
-
-    def _disk_full(self) -> None:
-        self._compact_size = 0  # the journal itself may be what fills it
 
     def _give_up(self) -> None:
         with contextlib.suppress(JobQueueError):  # closed in between
@@ -2407,33 +2428,6 @@ class LocalEngine(Engine):
     def _dismiss(self) -> None:
         """The disk has failed: whoever waits is told, nothing more is handed out or taken."""
         self._send_away()
-
-    @_verb
-    def _finish(self) -> None:
-        """The end."""
-        self._send_away()
-        self._closed = True
-        self._timer.notify()
-
-    def _send_away(self) -> None:
-        """Polls end; clients that still wait learn that their job is accepted, and where to ask for it."""
-        self._drained = self._drained or Future()
-        self._end_polls()
-        watching, self._watchers = self._watchers, {}
-        for job_id, watchers in watching.items():
-            for watcher in watchers:
-                job = self._jobs[job_id]
-                # After a disk failure nothing more is acknowledged, not even what is on the disk.
-                value = self.journal.unknown(job_id) if self.journal.failure else watcher.answer(job)
-                self._answer_watcher(watcher, value, job.seq)
-
-    @_verb
-    def _untie(self, job_id: str) -> None:
-        """A client that asked for it has hung up."""
-        try:
-            self._untied(job_id)
-        except JobQueueError:  # the disk did not take it: once more in a second
-            self._arm(self._unties, job_id, self._now + 1)
 
     # -- the lock is held: changing a job
 
@@ -2888,6 +2882,18 @@ class LocalEngine(Engine):
         self._holds.cancel(watcher)
         watcher.future = watcher.answer = None
 
+    def _send_away(self) -> None:
+        """Polls end; clients that still wait learn that their job is accepted, and where to ask for it."""
+        self._drained = self._drained or Future()
+        self._end_polls()
+        watching, self._watchers = self._watchers, {}
+        for job_id, watchers in watching.items():
+            for watcher in watchers:
+                job = self._jobs[job_id]
+                # After a disk failure nothing more is acknowledged, not even what is on the disk.
+                value = self.journal.unknown(job_id) if self.journal.failure else watcher.answer(job)
+                self._answer_watcher(watcher, value, job.seq)
+
     def _sweep_pollers(self) -> None:
         for waiter in [waiter for waiter in self._polls if waiter.future.cancelled()]:
             self._drop_poll(waiter)
@@ -3003,6 +3009,8 @@ class LocalEngine(Engine):
             del self._watchers[job.id]
         self._answer_watcher(watcher, watcher.answer(job), job.seq)
 
+    # -- the timer's thread
+
     def _time_forever(self) -> None:
         while True:
             with self._lock:
@@ -3045,6 +3053,8 @@ class LocalEngine(Engine):
             self._compacting, self._compact_again, self.journal.lent = None, self._now + 10, False
             log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
 
+    # -- the compacting thread
+
     def _until_closed(self, bodies: Iterable[str]) -> Iterator[str]:
         for body in bodies:
             if self._closed:
@@ -3052,7 +3062,6 @@ class LocalEngine(Engine):
             yield body
 
     def _compact(self, *arguments: Any) -> None:
-        """Runs in a thread of its own, without the lock."""
         before = self.journal.size
         try:
             size = self.journal.compact(*arguments)
