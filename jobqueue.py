@@ -1030,7 +1030,7 @@ def _last_lines(fd: int, end: int, count: int) -> int:
 
 
 def _lock_file(path: str) -> int:
-    """Lock a file that is never deleted, for as long as the process lives; returns its descriptor."""
+    """Lock a file that is never deleted, until the descriptor that is returned is closed."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if fcntl:
@@ -1053,7 +1053,7 @@ def journal_line(seq: int, synced: int, body: str) -> bytes:
     return b'{"crc":"%08x",%b' % (zlib.crc32(data), data)
 
 
-_scan_plain = json.JSONDecoder().scan_once  # without the search for white space, which our lines have not
+_scan_plain = json.JSONDecoder().scan_once  # without the search for white space: our lines have none around them
 
 
 def _read_line(line: bytes) -> dict[str, Any] | None:
@@ -1795,7 +1795,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def clear(self) -> Future:
-        """Forget everything. Future of how many jobs that were."""
+        """Forget everything. Future of how many jobs there were."""
 
     @abc.abstractmethod
     def stats(self) -> dict[str, Any]:
@@ -1811,7 +1811,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def draining(self) -> bool:
-        """Is nothing more handed out and accepted?"""
+        """Is nothing accepted and nothing handed out any more?"""
 
     @abc.abstractmethod
     def drain(self) -> Future:
@@ -1868,7 +1868,7 @@ class _Crowd:
         self.count, self.gone, self.sweep = 0, [], sweep
 
     def add(self, future: Future) -> None:
-        """Count this one. When those that left are the most, they are swept out."""
+        """Count this one. Once most of those that were counted have left, they are swept out."""
         self.count += 1
         future.left = self.gone
         if len(self.gone) > 1000 + self.count // 2:
@@ -1931,7 +1931,7 @@ def _verb(method: Callable) -> Callable:
     return call
 
 
-_SET = 10_000_000  # microseconds: by less, a clock was not set, but went wrong
+_SET = 10_000_000  # microseconds: a clock that is off by less was not set, it drifts
 _ENDED = {state: f"jobs_{state}_total" for state in STATES if state in FINAL}
 _COUNTED = (
     "jobs_submitted_total",
@@ -5106,7 +5106,7 @@ def _forwarded(fields: dict[str, str]) -> str:
 
 
 def headers_of_program(headers: dict[str, str], limit: int) -> str:
-    """The same of headers that came over no wire; ValueError where they could not have come over HTTP."""
+    """What a worker gets of headers that a program gives, as JSON text; ValueError where HTTP would not take them."""
     block = b""
     for name, value in headers.items():
         line = f"{name}: {value}\r\n".encode()
@@ -6306,7 +6306,7 @@ def _import_grpc() -> tuple[Any, Any, Any]:
 
 class _Pool(concurrent_futures.ThreadPoolExecutor):
     """Threads of which two run at a time, since more would only pass the interpreter lock around. One that is about to
-    wait says so, and another runs instead. Those that are stuck with a caller who does not send what he announced
+    wait says so, and another runs instead. Those that are stuck with a caller that does not send what it announced
     (grpcio receives in these threads) cannot say so: when nothing has moved for a while, one more may run."""
 
     RUNNING, STUCK = 2, 0.02  # threads; seconds
@@ -6878,7 +6878,8 @@ class Server:
     def jobs(self, *queues: str, lease: float | None = None, worker: str = "in-process") -> Iterator[LeasedJob]:
         """Take the jobs of these queues (none: default) one by one, waiting for each, until the server stops.
 
-        `lease`: seconds for each job (None: what the job or the server says). ValueError where a name is none.
+        `lease`: seconds for each job (None: what the job or the server says). ValueError: a queue or a worker cannot
+        have that name, or a lease that length.
         """
         queues = tuple(_queue("queue", name) for name in queues) or ("default",)
         lease = None if lease is None else _LEASE("lease", lease)
@@ -7968,7 +7969,7 @@ def _stats_lines(body: bytes) -> list[str]:
 
 
 def requeue(arguments: argparse.Namespace) -> int:
-    """Put a job, or all failed ones, back in line."""
+    """Put a job, or all that failed, expired or were cancelled, back in line."""
     if bool(arguments.job_id) == bool(arguments.status):
         raise ValueError("give either JOB_ID or --status failed|expired|cancelled")
     if arguments.job_id and arguments.queue:
