@@ -798,6 +798,9 @@ def complete_record(
 
 
 # == Futures and timers ================================================================================================
+# What journal, engine and servers are built of: an answer to come, deadlines to come, and how long things took. In the
+# standard library a Future has a condition of its own, and sched looks through all deadlines to cancel one. A Future
+# is safe between threads; Timers and Histogram are changed by one at a time, under a lock or in the thread that serves.
 
 _PENDING, _DONE, _CANCELLED = range(3)
 
