@@ -191,6 +191,8 @@ DAY = 86400
 
 
 class Setting(NamedTuple):
+    """A row of SETTINGS."""
+
     name: str
     parse: Callable[[str, Any], Any]
     default: Any
@@ -199,6 +201,7 @@ class Setting(NamedTuple):
 
     @property
     def flag(self) -> str:
+        """--data-dir for data_dir."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -869,9 +872,11 @@ class Future:
             callback(self)
 
     def done(self) -> bool:
+        """Has it ended: answered or cancelled?"""
         return self._state != _PENDING
 
     def cancelled(self) -> bool:
+        """Has the caller stopped waiting?"""
         return self._state == _CANCELLED
 
     def add_done_callback(self, callback: Callable[[Future], None]) -> None:
@@ -881,6 +886,7 @@ class Future:
             self._call_back()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `result` would raise, or None; raises TimeoutError after `timeout` seconds (None: no limit)."""
         if self._state == _PENDING:
             ended = threading.Lock()  # to park on: a lock in C, where an Event is three objects in Python
             ended.acquire()
@@ -908,6 +914,7 @@ class Timers:
         self._tie = itertools.count()
 
     def set(self, key: Any, when: float) -> None:
+        """The deadline of `key`; an earlier one of its own no longer counts."""
         self._when[key] = when
         heapq.heappush(self._heap, (when, next(self._tie), key))
         if len(self._heap) > 2 * len(self._when) + 1000:  # more dead than alive: what is dead stays bounded
@@ -3351,6 +3358,8 @@ def final_error(job: Job) -> JobQueueError | None:
 
 
 class Response(NamedTuple):
+    """What a handler answers. `type` is its Content-Type; `close`: the connection is closed after it."""
+
     status: int
     body: bytes = b""
     type: str | None = "application/json"
@@ -3370,6 +3379,8 @@ class Later(NamedTuple):
 
 
 class Route(NamedTuple):
+    """A row of ROUTES."""
+
     method: str
     path: str
     handler: str  # a method of HttpApi
@@ -6822,14 +6833,17 @@ class Server:
 
     @property
     def port(self) -> int:
+        """The HTTP port, also where the system chose it."""
         return self._http.server_port
 
     @property
     def grpc_port(self) -> int | None:
+        """The gRPC port; None where gRPC is off."""
         return self._grpc.port if self._grpc else None
 
     @property
     def url(self) -> str:
+        """Where the HTTP side is, as in http://127.0.0.1:3000."""
         return f"{'https' if self.settings.tls_cert else 'http'}://{self._host}:{self.port}"
 
     # -- in a program
@@ -7200,6 +7214,7 @@ class Worker:
         self._job: PolledJob | None = None  # the one that runs
 
     def work(self) -> None:
+        """Until `stop`; raises Refused where it cannot go on."""
         with contextlib.closing(self._client), contextlib.closing(self._heart):
             self._work()
 
@@ -7365,6 +7380,7 @@ class PolledJob:
         return text.encode() if text != '""' else b""  # which is how an empty one arrives
 
     def lose(self, why: str) -> None:
+        """It is no longer this worker's: whatever runs for it is ended."""
         self.why_lost = why
         self.lost.set()
         self.on_lost()
@@ -7666,6 +7682,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(kind: str, level: str) -> None:
+    """To standard error, for the command line; a program that embeds a Server sets up its own."""
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if kind == "json" else _TextFormatter())
     log.addHandler(handler)
@@ -8218,6 +8235,8 @@ def _flag(parse: Callable[[str, Any], Any]) -> Callable[[str], Any]:
 
 
 class Command(NamedTuple):
+    """A row of COMMANDS."""
+
     run: Callable[[argparse.Namespace], int]
     flags: Callable[[argparse.ArgumentParser], None]
     example: str
