@@ -3913,7 +3913,8 @@ _FAIL = {
     "delay": (_DELAY, "seconds until the next try"),
 }
 _EXTEND = {**TOKEN_PARAMETER, "lease": (_LEASE, "seconds from now")}
-_REQUEUE = {**QUEUE_PARAMETER, "status": (_choice("failed", "expired", "cancelled"), "which jobs; default failed")}
+_REQUEUABLE = ("failed", "expired", "cancelled")  # not all the delayed ones: each of them by its id
+_REQUEUE = {**QUEUE_PARAMETER, "status": (_choice(*_REQUEUABLE), "which jobs; default failed")}
 
 ROUTES = (
     Route(
@@ -4096,7 +4097,7 @@ def _histogram_lines(name: str, labels: dict[str, Any], histogram: Histogram) ->
 def queue_figures(stats: dict[str, Any], figures: dict[str, Any]) -> dict[str, list[tuple[dict[str, Any], Any]]]:
     """The rows of METRICS that the engine's `stats` and `figures` answer."""
     queues = stats["queues"].items()
-    states = ("delayed", "pending", "running", "completed", "failed", "expired", "cancelled")
+    states = _as_counts(dict.fromkeys(STATES, 0))
     return {
         "jobqueue_info": [({"version": __version__}, 1)],
         "jobqueue_uptime_seconds": [({}, stats["uptime_seconds"])],
@@ -7840,8 +7841,7 @@ def _input() -> io.BufferedIOBase:
 
 def submit(arguments: argparse.Namespace) -> int:
     """Submit a job and print its result, or submit many with --file."""
-    names = ("queue", "priority", "delay", "ttl", "lease", "attempts")
-    options = {name: getattr(arguments, name) for name in names}
+    options = {name: getattr(arguments, name) for name in _MANY}
     if arguments.file:
         if arguments.payload is not None:
             raise ValueError("give either PAYLOAD or --file, not both")
@@ -7991,7 +7991,7 @@ def _stats_lines(body: bytes) -> list[str]:
 def requeue(arguments: argparse.Namespace) -> int:
     """Put a job, or all that failed, expired or were cancelled, back in line."""
     if bool(arguments.job_id) == bool(arguments.status):
-        raise ValueError("give either JOB_ID or --status failed|expired|cancelled")
+        raise ValueError(f"give either JOB_ID or --status {'|'.join(_REQUEUABLE)}")
     if arguments.job_id and arguments.queue:
         raise ValueError("--queue goes with --status; a JOB_ID says all")
     if arguments.job_id:
@@ -8197,7 +8197,7 @@ def _jobs_flags(parser: argparse.ArgumentParser) -> None:
 def _requeue_flags(parser: argparse.ArgumentParser) -> None:
     _asking_flags(parser)
     parser.add_argument("job_id", nargs="?", metavar="JOB_ID")
-    parser.add_argument("--status", choices=("failed", "expired", "cancelled"), help="all that ended so")
+    parser.add_argument("--status", choices=_REQUEUABLE, help="all that ended so")
     parser.add_argument("--queue", help="with --status: of this queue only")
 
 
