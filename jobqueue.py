@@ -3496,7 +3496,7 @@ class HttpApi:
 
     def __init__(self, service: JobService, pages: dict[str, Callable[[Request], Response]]) -> None:
         self._service, self._engine = service, service.engine
-        vars(self).update(pages)
+        vars(self).update(pages)  # handlers too, of what needs the whole server
 
     # -- clients
 
@@ -6640,17 +6640,13 @@ class GrpcServer:
         return port
 
     def _credentials(self, settings: Settings) -> Any:
-        files = [settings.tls_key or settings.tls_cert, settings.tls_cert, settings.tls_client_ca]
-        contents = []
-        for path in files:
-            contents.append(None)
-            if path:
-                with open(path, "rb") as file:
-                    contents[-1] = file.read()
-        key, chain, ca = contents
-        return self._grpc.ssl_server_credentials(
-            [(key, chain)], root_certificates=ca, require_client_auth=ca is not None
-        )
+        def content(path: str) -> bytes:
+            with open(path, "rb") as file:
+                return file.read()
+
+        pair = content(settings.tls_key or settings.tls_cert), content(settings.tls_cert)
+        ca = content(settings.tls_client_ca) if settings.tls_client_ca else None
+        return self._grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 
     def _add_service(self, servicer: WorkerServicer, messages: Any, stubs: Any) -> None:
         """The generated registration, each method wrapped for permissions, errors and figures."""
@@ -6802,8 +6798,8 @@ class Server:
                 self._http.server_close()
                 raise
 
-    def _pages(self) -> dict[str, Callable[[], Response]]:
-        """What is not about jobs: name of the handler -> page."""
+    def _pages(self) -> dict[str, Callable[[Request], Response]]:
+        """Handlers of the routes that are not about jobs, by their names."""
         document = json_text(openapi(ROUTES)).encode()
         page = Response(200, DASHBOARD.encode(), "text/html; charset=utf-8", _page_headers(DASHBOARD))
         return {
