@@ -6203,7 +6203,13 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         done.wait(seconds)
 
     def abort(self) -> None:
-        self.post(lambda: [connection.close() for connection in list(self.connections)])
+        """Close whatever is still open."""
+
+        def close() -> None:
+            for connection in list(self.connections):
+                connection.close()
+
+        self.post(close)
 
     def server_close(self) -> None:
         self.socket.close()
@@ -6965,13 +6971,23 @@ class Server:
 
     def _disk_failed(self) -> None:
         self.failed.set()
+
+        def tell() -> None:
+            for call in self._on_failure:
+                call()
+
         with contextlib.suppress(RuntimeError):  # no thread is to be had: `failed` says it too
-            threading.Thread(target=lambda: [call() for call in self._on_failure], daemon=True).start()
+            threading.Thread(target=tell, daemon=True).start()
 
     def responds(self, seconds: float) -> bool:
         """Do the serving thread and the engine answer within that time? False: not yet."""
         answered = threading.Event()
-        self._http.post(lambda: (self.engine.peek(()), answered.set()))
+
+        def ask() -> None:
+            self.engine.peek(())
+            answered.set()
+
+        self._http.post(ask)
         return answered.wait(seconds)
 
     def __enter__(self) -> Server:
