@@ -7566,23 +7566,38 @@ def serve(arguments: argparse.Namespace) -> int:
     gc.collect()
     gc.freeze()  # what was read from the journal is not garbage: no collection needs to look at it again
     _tell_systemd("READY=1")
+    _run_until_told(server, bell)
+    _tell_systemd("STOPPING=1")
+    _stop(server, bell)
+    bell.ignore()
+    return EXIT_DISK if server.failed.is_set() else EXIT_OK
+
+
+def _run_until_told(server: Server, bell: _Bell) -> None:
+    """Until a signal comes or the disk fails; meanwhile systemd's watchdog, where there is one, hears that it lives."""
     patience = float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
     while not bell.signals and not server.failed.is_set():
         bell.wait(patience)
         if patience and server.responds(patience):
             _tell_systemd("WATCHDOG=1")
-    _tell_systemd("STOPPING=1")
+
+
+def _stop(server: Server, bell: _Bell) -> None:
+    """In another thread, so that this one hears the second signal and the third, which leaves it unfinished."""
     if not server.failed.is_set():
         running = server.engine.stats()["running"]
         log.info("stopping drain=%g running=%d: a second signal ends the wait", server.settings.drain, running)
-    stopping = threading.Thread(target=lambda: (server.stop(), bell.ring()), daemon=True)
+
+    def stop() -> None:
+        server.stop()
+        bell.ring()
+
+    stopping = threading.Thread(target=stop, daemon=True)
     stopping.start()
     while stopping.is_alive() and not server.stopped.is_set() and len(bell.signals) < 3:
         bell.wait(1)
         if len(bell.signals) > 1 or server.failed.is_set():
             server.hurry()
-    bell.ignore()
-    return EXIT_DISK if server.failed.is_set() else EXIT_OK
 
 
 def _fill_standard_streams() -> None:
