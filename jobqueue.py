@@ -7318,20 +7318,15 @@ class Worker:
         while True:
             last = self._giving_up.is_set()
             try:
-                status, _, body = self._client.call(
-                    "POST",
-                    f"/api/worker/{verdict.verb}/{job.id}",
-                    verdict.body,
-                    verdict.headers,
-                    lease_token=job.token,
-                    **verdict.query,
-                )
-                if status < 500:
-                    break
-                reason: Any = self._client.problem(status, body)
+                status, body = self._send(job, verdict)
             except Unreachable as error:
-                reason = error
+                reason: Any = error
                 self._client.reopen()  # a stop may have hung up on what was no poll any more
+            else:
+                if status < 500:
+                    self._heard(job, verdict, status, body)
+                    return
+                reason = self._client.problem(status, body)
             if last:
                 log.warning("not_handed_in job=%s reason=%s: given up", job.id, reason)
                 return
@@ -7339,11 +7334,20 @@ class Worker:
                 log.warning("not_handed_in job=%s reason=%s: trying again in %.1f s", job.id, reason, pause)
             self._giving_up.wait(pause)
             pause = min(5.0, pause * 2 or 0.1)
+
+    def _send(self, job: PolledJob, verdict: Verdict) -> tuple[int, bytes]:
+        path = f"/api/worker/{verdict.verb}/{job.id}"
+        status, _, body = self._client.call(
+            "POST", path, verdict.body, verdict.headers, lease_token=job.token, **verdict.query
+        )
+        return status, body
+
+    def _heard(self, job: PolledJob, verdict: Verdict, status: int, body: bytes) -> None:
+        """What the server said to it."""
         if status == 200:
             self._tell(job, verdict, body)
         elif status == 413 and verdict.verb == "complete":
-            reason = str(self._client.problem(status, body))
-            self._hand_in(job, failure(reason, retry=False))
+            self._hand_in(job, failure(str(self._client.problem(status, body)), retry=False))
         else:
             log.warning("not_accepted job=%s reason=%s", job.id, self._client.problem(status, body))
 
