@@ -5144,12 +5144,12 @@ class Head:
     """The headers of a request. Clients and workers send the same ones again and again, so a block of header bytes
     is parsed once and kept by its bytes, with all that follows from it alone."""
 
-    __slots__ = ("fields", "forwarded", "length", "chunked", "tokens", "expect", "host")
+    __slots__ = ("fields", "forwarded", "length", "chunked", "options", "expect", "host")
 
     def __init__(self, block: bytes) -> None:
         self.fields = _parse_fields(block)
         get = self.fields.get
-        self.tokens = _connection_options(self.fields)
+        self.options = _connection_options(self.fields)
         self.forwarded = _forwarded(self.fields)
         self.length, self.chunked = self._framing()
         self.expect = get("expect", "").lower()
@@ -5187,10 +5187,11 @@ def _canonical(name: str) -> str:
 class _Chunks:
     """Decodes a chunked body (RFC 9112, 7.1) as it comes."""
 
-    __slots__ = ("body", "left", "limit", "trailers", "line_limit", "looked_at")
+    __slots__ = ("body", "left", "limit", "trailers", "trailers_left", "looked_at")
 
-    def __init__(self, limit: int, line_limit: int) -> None:
-        self.body, self.left, self.limit, self.line_limit = bytearray(), 0, limit, line_limit
+    def __init__(self, limit: int, trailers_limit: int) -> None:
+        self.body, self.left, self.limit = bytearray(), 0, limit
+        self.trailers_left = trailers_limit  # bytes that they may still have
         self.trailers, self.looked_at = False, 0
 
     def feed(self, buffer: bytearray) -> bool:
@@ -5236,10 +5237,10 @@ class _Chunks:
                 return True
             if _FIELD.fullmatch(buffer, 0, end + 2) is None:
                 raise _bad_http("a trailer is malformed")
-            self.line_limit -= end + 2
+            self.trailers_left -= end + 2
             self.looked_at = 0
             del buffer[: end + 2]
-        if len(buffer) > self.line_limit or self.line_limit < 0 or _BARE.search(buffer, self.looked_at):
+        if len(buffer) > self.trailers_left or self.trailers_left < 0 or _BARE.search(buffer, self.looked_at):
             raise _bad_http("the trailers are malformed or too long")
         self.looked_at = max(0, len(buffer) - 1)
         return False
@@ -5306,7 +5307,7 @@ class Planner:
             raise JobQueueError("http_version", f"{spoken} is not spoken here; use HTTP/1.1")
         plan.version = min(int(minor), 1)  # what comes after 1.1 is answered as 1.1 (RFC 9110, 2.5)
         head = plan.head = self._head_of(fields) if len(fields) <= 2048 else Head(fields)
-        plan.keep = "close" not in head.tokens and (plan.version == 1 or "keep-alive" in head.tokens)
+        plan.keep = "close" not in head.options and (plan.version == 1 or "keep-alive" in head.options)
         if plan.version == 0 and head.chunked:
             raise _bad_http("HTTP/1.0 has no Transfer-Encoding")
         if head.host is None and plan.version == 1:
@@ -7466,14 +7467,14 @@ def run_command(command: list[str], job: PolledJob) -> Verdict:
     job.on_lost = functools.partial(_kill, process)
     if job.lost.is_set():
         _kill(process)
-    output, errors = _outcome(process, job.payload)
+    output, errors = _outputs(process, job.payload)
     if process.returncode == 0:
         return Verdict("complete", output)
     text = errors[-4096:].strip() or f"{command[0]} ended with {process.returncode}".encode()
     return failure(text, retry=process.returncode == EXIT_RETRY)
 
 
-def _outcome(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:
+def _outputs(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:
     """What a command wrote to its two outputs, once it has ended.
 
     What it left running in the background may hold the pipes open: it has a second, then its process group is ended;
