@@ -5246,6 +5246,9 @@ class _Chunks:
         return False
 
 
+_UNWANTED = 64 * KIB  # bytes of a body that no route takes, still read so that the connection can go on
+
+
 class Plan:
     """What the head of a request asks for, as far as it was understood. Kept by the bytes of its head; of workers'
     calls, by those without the job's id and lease token (_OWN)."""
@@ -5264,7 +5267,7 @@ class Plan:
         self.route: Route | None = None
         self.job_id: str | None = None
         self.token: str | None = None  # of the lease
-        self.limit = 65536  # bytes of the body that are read, if only to answer with a refusal
+        self.limit = _UNWANTED  # bytes of the body that are read, if only to answer with a refusal
         self.plain = -1  # length of a body that can be taken without more ado
 
 
@@ -5274,7 +5277,7 @@ class Planner:
     def __init__(self, settings: Settings, access: Access, router: Router, api: HttpApi) -> None:
         self._settings, self._access, self._router, self._api = settings, access, router, api
         self.seen: dict[tuple[str, str], dict[int, Histogram]] = collections.defaultdict(dict)  # by method and path
-        self._limits = {None: 65536, "payload": settings.max_payload, "batch": settings.max_batch}
+        self._limits = {None: _UNWANTED, "payload": settings.max_payload, "batch": settings.max_batch}
         self._scheme = "https://" if settings.tls_cert else "http://"
         self._head_of = functools.lru_cache(1024)(Head)  # it keeps no exceptions, so no refused ones
 
