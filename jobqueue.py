@@ -3194,6 +3194,8 @@ SUBMIT_PARAMETERS = {
     "wait": (_number(float, 0, DAY), "seconds to wait for the result; 0: answer 202 at once"),
     "on_disconnect": (_choice("cancel", "continue"), "what a client that hangs up means for its job"),
 }
+# Those that are about the job itself, and not about a client that waits for it.
+JOB_PARAMETERS = {name: row for name, row in SUBMIT_PARAMETERS.items() if name not in ("wait", "on_disconnect")}
 CLAIM_PARAMETERS = {
     "queue": (_queues, "queues, comma-separated, in order; default: default"),
     "wait": (_WAIT, "seconds to wait for a job"),
@@ -3905,7 +3907,6 @@ _LISTING = {
     "limit": (_MAX, "jobs at most; default 100"),
     "after": (_number(int, 0, 1 << 62), "the cursor `next` of the page before"),
 }
-_MANY = {name: row for name, row in SUBMIT_PARAMETERS.items() if name not in ("wait", "on_disconnect")}
 _COMPLETE = {**TOKEN_PARAMETER, **CLAIM_PARAMETERS, "next": (_true, "true: the answer brings the next job along")}
 _FAIL = {
     **TOKEN_PARAMETER,
@@ -3926,7 +3927,7 @@ ROUTES = (
         "submit_many",
         "client",
         "Submit a payload a line (ndjson), all or none",
-        _MANY,
+        JOB_PARAMETERS,
         "batch",
         True,
     ),
@@ -7041,9 +7042,9 @@ def _as_bytes(data: bytes | bytearray | memoryview | str) -> bytes:
 
 
 def _checked_option(name: str, value: Any) -> Any:
-    if name not in _MANY:
-        raise ValueError(f"unknown option {name!r}; there are {', '.join(_MANY)}")
-    return _MANY[name][0](name, value)
+    if name not in JOB_PARAMETERS:
+        raise ValueError(f"unknown option {name!r}; there are {', '.join(JOB_PARAMETERS)}")
+    return JOB_PARAMETERS[name][0](name, value)
 
 
 def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> concurrent_futures.Future:
@@ -7876,7 +7877,7 @@ def _input() -> io.BufferedIOBase:
 
 def submit(arguments: argparse.Namespace) -> int:
     """Submit a job and print its result, or submit many with --file."""
-    options = {name: getattr(arguments, name) for name in _MANY}
+    options = {name: getattr(arguments, name) for name in JOB_PARAMETERS}
     if arguments.file:
         if arguments.payload is not None:
             raise ValueError("give either PAYLOAD or --file, not both")
