@@ -1531,6 +1531,7 @@ class Journal:
             self._on_failure()
 
     def _refuse_waiting(self) -> None:
+        """After a failure: whoever waits for a sync, or for the switch to a compacted file, is told."""
         with self._wake:
             switch, self._switch = self._switch, None
         with self._committing:
@@ -2068,7 +2069,7 @@ class LocalEngine(Engine):
             self._set_paused(record["queue"], record["paused"])
         elif verb == "clock":
             self._shift(record["shift"])
-        elif "id" in record:
+        elif "id" in record:  # the rest (open, synced, close) is the journal's own
             job = self._jobs[record.pop("id")]
             self._jobs[job.id] = moved(job, verb, **unpack(record))
 
@@ -3865,6 +3866,7 @@ def _members(text: str, at: int) -> tuple[dict[str, str], int]:
 
 
 def _past(text: str, at: int, mark: str) -> int:
+    """Where it goes on behind `mark`, which has to come next, and the white space around it."""
     at = _BLANK.match(text, at).end()
     if text[at : at + 1] != mark:
         raise ValueError(f"{mark} is missing")
@@ -6753,6 +6755,7 @@ class Server:
         self._stopping = threading.Lock()
         # Threads that tell programs of results: what hangs in a callback of theirs holds up nobody else.
         self._tellers = concurrent_futures.ThreadPoolExecutor(32, "jobqueue-tell")
+        # Does what the main thread must not be interrupted in (_apart).
         self._deputy = concurrent_futures.ThreadPoolExecutor(1, "jobqueue-deputy")
         self._grpc: GrpcServer | None = None
         self._started = False
