@@ -7927,21 +7927,13 @@ def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     with source, contextlib.closing(_client(arguments)) as client:
         for lines in _batches(source, 5000, 8 * MIB):
             try:
-                body, ids = client.ask(
-                    lambda body: (body, json.loads(body)["job_ids"]),
-                    "POST",
-                    "/api/jobs",
-                    b"".join(lines),
-                    {"Content-Type": "application/x-ndjson"},
-                    timeout=None,
-                    **options,
-                )
+                body, ids = _submit_lines(client, lines, options)
             except (Refused, Unreachable) as error:
                 raise Refused(error.code, f"{error} ({done} jobs were submitted before that)") from None
             done, read = done + len(ids), read + sum(map(len, lines))
             try:
                 if unwritten is None:
-                    _write((body.decode() if arguments.json else "\n".join(ids)).encode() + b"\n")
+                    _write((body if arguments.json else "\n".join(ids).encode()) + b"\n")
             except Unwritten as error:
                 unwritten = error
             if shown:
@@ -7951,6 +7943,19 @@ def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     if unwritten:
         raise Refused(EXIT_NO, f"{unwritten}; all {done} jobs were submitted")
     return EXIT_OK
+
+
+def _submit_lines(client: Client, lines: list[bytes], options: dict[str, Any]) -> tuple[bytes, list[str]]:
+    """The answer to one batch, and the ids in it."""
+    return client.ask(
+        lambda body: (body, json.loads(body)["job_ids"]),
+        "POST",
+        "/api/jobs",
+        b"".join(lines),
+        {"Content-Type": "application/x-ndjson"},
+        timeout=None,
+        **options,
+    )
 
 
 def _batches(source: Iterable[bytes], count: int, size: int) -> Iterator[list[bytes]]:
