@@ -699,13 +699,17 @@ def clear(history, port):
 
 
 def server_jobs(port):
-    """Return {job_id: the whole job} of everything the server holds."""
+    """Return {job_id: the whole job} of everything the server holds; raise Cut where it stops meanwhile."""
     wire, jobs, after = Wire(port), {}, ""
     while after is not None:
         status, page = wire.request("GET", f"/api/jobs?limit=100{after}")
+        if status == 503:
+            raise Cut(page["detail"])
         assert status == 200, page
         for item in page["jobs"]:
             status, job = wire.request("GET", f"/api/jobs/{item['job_id']}")
+            if status == 503:  # not lost, only not told any more
+                raise Cut(job["detail"])
             if status == 200:
                 jobs[job["job_id"]] = job
         after = page["next"] and f"&after={page['next']}"
