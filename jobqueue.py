@@ -8,7 +8,7 @@ A client POSTs a job and is held until a worker, which pulls jobs over HTTP or g
     curl 'localhost:3000/api/worker/poll?wait=20'        # a worker takes the job ...
     curl -d '{"y": 2}' localhost:3000/api/worker/complete/JOB_ID     # ... and hands in the result
 
-The life of a job (the table is TRANSITIONS, below):
+The life of a job:
 
     submit --> delayed --(delay over)--> pending --(poll)--> processing --(complete)--> completed
                   ^                          ^                 |  |  |
@@ -104,6 +104,7 @@ import signal
 import socket
 import ssl
 import stat
+import string
 import subprocess
 import threading
 import time
@@ -121,7 +122,7 @@ except ImportError:  # Windows
 __version__ = "1.0.0"
 __all__ = [
     *("Server", "LeasedJob", "JobQueueError", "DataError", "DiskError", "Clock", "main"),
-    *("Engine", "Terms", "Job", "Claim", "Outcome"),  # for an engine of your own
+    *("Engine", "LocalEngine", "Settings", "Terms", "Job", "Claim", "Outcome"),  # for an engine of your own
 ]
 
 log = logging.getLogger("jobqueue")
@@ -145,7 +146,8 @@ def _number(kind: type, low: float, high: float) -> Callable[[str, Any], Any]:
                     value = math.nan
         if not low <= value <= high:
             whole = "a whole number, " if kind is int and value != value else ""
-            raise ValueError(f"{name} must be {whole}{low:.15g} to {high:.15g}, got {given!s}")
+            limits = " to ".join(str(limit) if isinstance(limit, int) else f"{limit:.15g}" for limit in (low, high))
+            raise ValueError(f"{name} must be {whole}{limits}, got {given!s}")
         return value
 
     parse.schema = {"type": "integer" if kind is int else "number", "minimum": low, "maximum": high}
@@ -387,6 +389,8 @@ class DiskError(Exception):
 
 _make = tuple.__new__  # _make(Job, fields): as Job(*fields), in a fifth of the time, so all of them have to be there
 
+OVERHEAD = 256  # bytes that a job takes beside its payload and headers, roughly
+
 FINAL = frozenset(("completed", "failed", "expired", "cancelled"))
 STATES = ("delayed", "pending", "processing", "completed", "failed", "expired", "cancelled")
 
@@ -479,12 +483,12 @@ class Job(NamedTuple):
 
     def recorded(self, seq: int) -> Job:
         """The same, with the number of its record."""
-        return _make(Job, (*self[:29], seq))
+        return _make(Job, (*self[:_AT_SEQ], seq))
 
     def leased(self, token: str, seconds: float, worker: str, started: int, seq: int) -> Job:
         """As moved by `lease`; spelled out, since every job goes this way, as the next one."""
         fresh = (state_after(self, "lease"), token, seconds, None, worker, started, self.deliveries + 1)
-        return _make(Job, (*self[:12], *fresh, *self[19:29], seq))
+        return _make(Job, (*self[:_AT_STATE], *fresh, *self[_AT_FAILURES:_AT_SEQ], seq))
 
     def completed(
         self, token: str | None, finished: int, result: bytes, kind: str, content_type: str | None, seq: int
@@ -492,7 +496,7 @@ class Job(NamedTuple):
         """As moved by `complete`; `token` is the lease's, or None where it is void from now on."""
         fresh = (state_after(self, "complete"), token, self.lease_seconds, "complete")
         end = (finished, result, kind, content_type, self.error, seq)
-        return _make(Job, (*self[:12], *fresh, *self[16:24], *end))
+        return _make(Job, (*self[:_AT_STATE], *fresh, *self[_AT_WORKER:_AT_FINISHED], *end))
 
     def shifted(self, shift: int) -> Job:
         """The same, by a wall clock that was set on by so many microseconds."""
@@ -503,8 +507,8 @@ class Job(NamedTuple):
         return _make(Job, values)
 
     def size(self) -> int:
-        """Bytes of what the client sent, and a rough figure for keeping it."""
-        return len(self.payload) + len(self.headers) + 256
+        """Bytes of what the client sent, and of keeping it."""
+        return len(self.payload) + len(self.headers) + OVERHEAD
 
     def final_size(self) -> int:
         """The same once it has ended."""
@@ -513,6 +517,9 @@ class Job(NamedTuple):
 
 _NEW = tuple(Job._field_defaults.values())[3:]  # from its state on
 _FIELD_INDEX = {name: index for index, name in enumerate(Job._fields)}
+_AT_STATE, _AT_WORKER, _AT_FAILURES, _AT_FINISHED, _AT_RESULT, _AT_SEQ = map(
+    _FIELD_INDEX.get, ("state", "worker", "failures", "finished", "result", "seq")
+)
 _MOMENTS = [_FIELD_INDEX[name] for name in ("created", "started", "available", "expires", "extended", "finished")]
 
 
@@ -764,7 +771,7 @@ def submit_text(job: Job, terms: Terms) -> str:
 # What may have happened to a job since, in groups: most jobs have all or nothing of a group.
 _LATER = [
     (part, Job._fields[part], tuple(map(_DEFAULTS.get, Job._fields[part])))
-    for part in (slice(12, 19), slice(19, 24), slice(24, 29))
+    for part in (slice(_AT_STATE, _AT_FAILURES), slice(_AT_FAILURES, _AT_FINISHED), slice(_AT_FINISHED, _AT_SEQ))
 ]
 
 
@@ -772,7 +779,9 @@ def job_text(job: Job) -> str:
     """A job as it stands, as the text of a JSON object."""
     _, _, queue, priority, _, _, _, headers, attempts, lease, ttl, key, *_ = job
     text = _new_text(job, Terms(queue, priority, headers, attempts, lease, ttl, key=key))
-    fields = job if job.result is None else (*job[:25], as_text(job.result_kind, job.result), *job[26:])
+    fields = (
+        job if job.result is None else (*job[:_AT_RESULT], as_text(job.result_kind, job.result), *job[_AT_RESULT + 1 :])
+    )
     for part, names, unset in _LATER:
         values = fields[part]
         if values != unset:
@@ -1620,7 +1629,7 @@ class _NewFile:
             self.snapshot_size = self.size
             self.follow()
             self.sync()
-        except OSError:
+        except BaseException:
             self.discard()
             raise
 
@@ -1739,6 +1748,10 @@ class Engine(abc.ABC):
         """Accept a job. Future of (Job, replayed): final within `wait` seconds (None: no limit), else as it stands
         once it is on the disk. `replayed`: the key stood for a job that was there before. `tied`: cancelling the
         future cancels the job, unless others wait for it."""
+
+    @abc.abstractmethod
+    def replayed(self, terms: Terms, payload: bytes) -> Job | None:
+        """The job that the key of these terms stands for, if any; raises as `submit` does."""
 
     @abc.abstractmethod
     def submit_many(self, terms: Terms, batch: list[tuple[bytes, str]]) -> Future:
@@ -1883,7 +1896,12 @@ class _Crowd:
         self.count += 1
         future.left = self.gone
         if len(self.gone) > 1000 + self.count // 2:
-            gone = len(self.gone)
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Sweep out those that have left."""
+        gone = len(self.gone)
+        if gone:
             del self.gone[:gone]  # not more: others may leave meanwhile
             self.count -= gone
             self.sweep()
@@ -2105,6 +2123,8 @@ class LocalEngine(Engine):
         for job in sorted(finished, key=lambda job: job.finished):
             self._weigh(job)
             self._enter(job, self._wall)
+        for lane in list(self._lanes.values()):  # those that were paused once, and of which nothing is left
+            self._drop_if_empty(lane)
         self._forget_old()
         self._set_alarm()
 
@@ -2130,12 +2150,9 @@ class LocalEngine(Engine):
 
     @_verb
     def submit(self, terms: Terms, payload: bytes, kind: str, wait: float | None, tied: bool = False) -> Future:
-        if terms.key is not None and terms.key in self._keys:
-            job = self._jobs[self._keys[terms.key]]
-            if (job.payload, job.queue) != (payload, terms.queue):
-                raise JobQueueError("key_reused", "this Idempotency-Key was used for another payload or queue", job.id)
+        if terms.key is not None and (job := self._replayed(terms, payload)):
             return self._watch(job, wait, lambda job: (job, True), tied)
-        self._check_room(1, len(payload))
+        self._check_room(terms, 1, len(payload))
         job = self._new_job(terms, payload, kind, self._last_number + 1)
         record = '{"op":"submit",' + submit_text(job, terms)[1:]
         poll = self._poll_for(job)
@@ -2151,8 +2168,12 @@ class LocalEngine(Engine):
         return self._watch(job, wait, lambda job: (job, False), tied)
 
     @_verb
+    def replayed(self, terms: Terms, payload: bytes) -> Job | None:
+        return self._replayed(terms, payload)
+
+    @_verb
     def submit_many(self, terms: Terms, batch: list[tuple[bytes, str]]) -> Future:
-        self._check_room(len(batch), sum(len(payload) for payload, _ in batch))
+        self._check_room(terms, len(batch), sum(len(payload) for payload, _ in batch))
         numbered = enumerate(batch, self._last_number + 1)
         jobs = [self._new_job(terms, payload, kind, number) for number, (payload, kind) in numbered]
         bodies = ",".join([submit_text(job, terms) for job in jobs])
@@ -2344,6 +2365,7 @@ class LocalEngine(Engine):
     @_verb
     def stats(self) -> dict[str, Any]:
         queues = {}
+        self._pollers.tidy()  # or the queues that they waited for would be shown on
         for lane in self._lanes.values():
             oldest = self._oldest(lane)
             age = None if oldest is None else max(0.0, (self._wall - oldest.created) / 1e6)
@@ -2448,18 +2470,26 @@ class LocalEngine(Engine):
             raise JobQueueError("job_not_found", f"there is no job {job_id}", job_id)
         return job
 
-    def _check_room(self, count: int, size: int) -> None:
+    def _replayed(self, terms: Terms, payload: bytes) -> Job | None:
+        job = self._jobs[self._keys[terms.key]] if terms.key in self._keys else None
+        if job and (job.payload, job.queue) != (payload, terms.queue):
+            raise JobQueueError("key_reused", "this Idempotency-Key was used for another payload or queue", job.id)
+        return job
+
+    def _check_room(self, terms: Terms, count: int, size: int) -> None:
+        """For so many new jobs, whose payloads have so many bytes together."""
         if self.journal.failure:
             raise self.journal.unknown(None)
         if self._drained is not None:
             raise JobQueueError("draining", "the server is stopping; try again in a few seconds")
-        if self._unfinished + count > self._settings.max_jobs:
-            most = self._settings.max_jobs
-            raise JobQueueError("queue_full", f"{self._unfinished} jobs are waiting; at most {most} may")
-        if self._unfinished_bytes + size > self._settings.max_bytes:
+        if count > 1:  # of one, the headers may go beyond the limit
+            size += (count - 1) * (len(terms.headers) + OVERHEAD)
+        jobs, held, settings = self._unfinished, self._unfinished_bytes, self._settings
+        if jobs + count > settings.max_jobs or held + size > settings.max_bytes:
             raise JobQueueError(
                 "queue_full",
-                f"the jobs hold {self._unfinished_bytes} bytes; at most {self._settings.max_bytes} may be held",
+                f"{jobs} jobs with {held} bytes are unfinished, and at most {settings.max_jobs} with "
+                f"{settings.max_bytes} may be; this brings {count} with {size}",
             )
 
     def _new_job(self, terms: Terms, payload: bytes, kind: str, number: int) -> Job:
@@ -3081,9 +3111,11 @@ class LocalEngine(Engine):
             # alive, the file's own lines say nothing about jobs.
             self._inflation = min(8.0, max(1.0, size / max(1, self._alive_then)))
             log.info("compacted bytes_before=%d bytes_after=%d", before, self.journal.size)
-        except OSError as error:
+        except Exception as error:  # be it that memory has run out
             if not self._closed:
-                log.warning("compaction_failed error=%s: the journal stays as it is; next try in 10 s", error)
+                known = isinstance(error, OSError)
+                reason = "compaction_failed error=%s: the journal stays as it is; next try in 10 s"
+                log.warning(reason, error if known else repr(error), exc_info=not known)
             self._compact_again = self._clock.monotonic() + 10
         finally:
             self.journal.lent, self._compacting = False, None
@@ -3287,6 +3319,11 @@ class JobService:
         self.check_size(payload)
         payload = payload or b'""'
         return self.engine.submit(terms, payload, kind_of(payload), wait, tied)
+
+    def is_over(self, payload: bytes, terms: Terms) -> bool:
+        """Do payload and key stand for a job that has ended already?"""
+        job = self.engine.replayed(terms, payload or b'""')
+        return job is not None and job.state in FINAL
 
     def submit_many(self, payloads: list[bytes], terms: Terms) -> Future:
         """Future of the ids, in order."""
@@ -3506,7 +3543,9 @@ class HttpApi:
     def submit(self, request: Request) -> Later:
         terms, wait, tied, shape = request.asked.prepared
         if request.crowded and wait != 0:
-            raise JobQueueError("too_many_clients", "too many clients are waiting; try again, or use wait=0")
+            if not self._service.is_over(request.body, terms):
+                raise JobQueueError("too_many_clients", "too many clients are waiting; try again, or use wait=0")
+            wait = 0.0
         return _make(Later, (self._service.submit(request.body, terms, wait, tied), shape, None, wait != 0))
 
     def prepare_submit(self, asked: Asked) -> tuple[Terms, float | None, bool, Callable[[tuple[Job, bool]], Response]]:
@@ -3583,8 +3622,14 @@ class HttpApi:
     def _when_over(self, request: Request, shape: Callable[[Job], Response]) -> Later:
         wait = request.parameters.get("wait", 0.0)
         if request.crowded and wait:
-            raise JobQueueError("too_many_clients", "too many clients are waiting; try again without wait")
+            return Later(self._engine.view(request.job_id, 0.0), functools.partial(self._unless_running, shape))
         return Later(self._engine.view(request.job_id, wait), shape, long=wait > 0)
+
+    @staticmethod
+    def _unless_running(shape: Callable[[Job], Response], job: Job) -> Response:
+        if job.state not in FINAL:
+            raise JobQueueError("too_many_clients", "too many clients are waiting; try again without wait")
+        return shape(job)
 
     @staticmethod
     def _result(job: Job) -> Response:
@@ -5095,6 +5140,9 @@ def _bad_http(detail: str) -> JobQueueError:
     return JobQueueError("bad_http", detail)
 
 
+_SINGLE = ("host", "content-length", "transfer-encoding", "idempotency-key")
+
+
 def _parse_fields(block: bytes) -> dict[str, str]:
     """Lines of headers by their lower-case names."""
     fields: dict[str, str] = {}
@@ -5105,7 +5153,7 @@ def _parse_fields(block: bytes) -> dict[str, str]:
             raise _bad_http(f"the header line at byte {at} is malformed (RFC 9112, section 5)")
         name, value = match[1].decode().lower(), _decode(match[2].strip(b" \t"))
         if name in fields:
-            if name in ("host", "content-length", "transfer-encoding"):
+            if name in _SINGLE:
                 raise _bad_http(f"{name} is given twice")
             value = f"{fields[name]}, {value}"
         fields[name] = value
@@ -5392,6 +5440,8 @@ class Connection:
     )
     # fmt: on
 
+    LOOK = 1.0  # seconds after which a connection that is read no further is looked at again
+
     def __init__(self, sock: socket.socket, address: Any, server: HTTPServer) -> None:
         self._server, self._sock = server, sock
         self.peer = address[0]
@@ -5482,6 +5532,8 @@ class Connection:
                     self._advance()
                 elif len(self._buffer) > 65536:  # it sends on without waiting for its answers: not further than this
                     self._listen(self._events & ~_READ)
+                    if self._is_deaf():
+                        self._set_deadline(self._server.now + self.LOOK)
                     return
             if not self._server.tls or self.state == _CLOSED or not self._sock.pending():
                 return
@@ -5492,6 +5544,8 @@ class Connection:
         if answering or (self._out and not self._unsent):
             self._keep = False
             self._listen(self._events & ~_READ)
+        elif self._begun():
+            self._refuse(_bad_http("the request was cut short"))
         else:
             self.close()
 
@@ -5793,13 +5847,21 @@ class Connection:
         if self.state == _CLOSED:
             return
         if self.state == _HELD:
-            self.deadline = now + self._server.patience
+            if self._is_deaf() and self._peer_left():
+                self.close()
+                return
+            self.deadline = now + (self.LOOK if self._is_deaf() else self._server.patience)
         if self.deadline > now:
             self._server.arm(self, self.deadline)
         elif self._begun() and not self._out:
             self._refuse(JobQueueError("request_timeout", "the request took too long to arrive"))
         else:
             self.close()
+
+    def _is_deaf(self) -> bool:
+        """Has it sent on so much that it is read no further, while it waits for what may take long? Then nothing tells
+        that it has left."""
+        return self.state == _HELD and not self._events and self._later is not None and self._later.long
 
     def busy(self) -> bool:
         return self.state == _HELD or bool(self._out)
@@ -6587,6 +6649,8 @@ def _headers_of(text: str) -> dict[str, str]:
 
 
 def _sent(result: Any) -> bytes:
+    if result.payload and result.payload_bytes:
+        raise JobQueueError("invalid_request", "give the result as payload or as payload_bytes, not as both")
     return result.payload_bytes or result.payload.encode()
 
 
@@ -6740,13 +6804,22 @@ class Server:
         with jobqueue.Server(data_dir="data", port=0, grpc_port=None) as server:
             result = server.submit(b'{"x": 1}').result(timeout=30)
 
-    Settings are those of the command line, with underscores; `clock` is for tests. It installs no signal handlers,
-    keeps no global state and prints nothing; it logs to the logger `jobqueue`. Raises ValueError for settings,
-    DataError for the data folder, DiskError for a disk that fails at the start, OSError for a port that is taken.
+    Settings are those of the command line, with underscores; `clock` is for tests. `engine` makes another Engine than
+    LocalEngine, of the settings, the clock, and a function to call once nothing can be acknowledged any more.
+
+    It installs no signal handlers, keeps no global state and prints nothing; it logs to the logger `jobqueue`. Raises
+    ValueError for settings, DataError for the data folder, DiskError for a disk that fails at the start, OSError for a
+    port that is taken.
     """
 
-    def __init__(self, *, clock: Clock | None = None, **settings: Any) -> None:
-        self.settings, self.clock = Settings(**settings), clock or Clock()
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        engine: Callable[[Settings, Clock, Callable[[], None]], Engine] = LocalEngine,
+        **settings: Any,
+    ) -> None:
+        self.settings, self.clock, self._make_engine = Settings(**settings), clock or Clock(), engine
         self._check_exposure()
         self.failed = threading.Event()  # set when the disk failed and nothing more can be acknowledged
         self.stopped = threading.Event()
@@ -6780,7 +6853,7 @@ class Server:
         settings = self.settings
         tls_context(settings)  # what is wrong with these files is told before the journal is read
         Access(settings.tokens)
-        self.engine = LocalEngine(settings, self.clock, self._disk_failed)
+        self.engine = self._make_engine(settings, self.clock, self._disk_failed)
         try:
             self._listen(settings)
         except BaseException:
@@ -7071,6 +7144,7 @@ def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> conc
             future.set_result(job.result)
 
     answer.add_done_callback(lambda _: tellers.submit(tell))
+    future.add_done_callback(lambda _: future.cancelled() and answer.cancel())  # it counts among those who wait no more
     return future
 
 
@@ -7364,7 +7438,9 @@ class Worker:
         if verdict.verb == "complete":
             log.info("job_completed job=%s", job.id)
             return
-        what = "job_failed" if b'"status":"failed"' in answer else "job_retried"
+        what = "job_retried"
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            what = "job_failed" if json.loads(answer)["status"] == "failed" else what
         last = verdict.body.decode(errors="replace").strip().rpartition("\n")[2]
         log.warning("%s job=%s reason=%s", what, job.id, last[:300])
 
@@ -7450,12 +7526,14 @@ class _Heartbeat(threading.Thread):
         self.join()
 
 
+_PLAIN_NAME = dict.fromkeys(map(ord, f"{string.ascii_letters}{string.digits}-"))
+
+
 def run_command(command: list[str], job: PolledJob) -> Verdict:
     """Payload on stdin, result from stdout. Exit 0 completes, 75 asks for a retry, anything else fails for good."""
-    names = {
-        "JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper()): value.replace("\0", "")
-        for name, value in job.headers.items()
-    }
+    names = {}
+    for name in sorted(job.headers, key=lambda name: name.translate(_PLAIN_NAME) == ""):  # X-A wins over X_A and X.A
+        names["JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper())] = job.headers[name].replace("\0", "")
     environment = {**os.environ, **names, "JOB_ID": job.id, "JOB_QUEUE": job.queue, "JOB_ATTEMPT": str(job.attempt)}
     try:
         process = subprocess.Popen(
@@ -7848,7 +7926,7 @@ class Unwritten(Exception):
 def _write(data: bytes, flush: bool = True) -> None:
     """To standard output; raises Unwritten."""
     if sys.stdout is None:  # Python was started without one
-        raise Unwritten("was closed", True)
+        raise Unwritten("is closed", False)
     try:
         sys.stdout.buffer.write(data)
         if flush:
@@ -7962,7 +8040,7 @@ def _batches(source: Iterable[bytes], count: int, size: int) -> Iterator[list[by
     lines: list[bytes] = []
     held = 0
     for line in source:
-        if not line.strip():
+        if not line.rstrip(b"\r\n"):  # as the server has it
             continue
         if lines and (len(lines) == count or held + len(line) > size):
             yield lines
@@ -8308,6 +8386,9 @@ class _Parser(argparse.ArgumentParser):
         _complain(f"{self.prog}: {_plain(message)}; see {self.prog} --help")
         raise SystemExit(EXIT_USAGE)
 
+    def print_help(self, file: Any = None) -> None:
+        _say(self.format_help().splitlines())
+
 
 _ARGUMENTS = {"job_id": "JOB_ID", "folder": "DATA_DIR"}  # those that are no flags
 _MAY_BE_EMPTY = ("payload", "scope")  # a payload may be; of a scope, `token` says what would do
@@ -8325,7 +8406,8 @@ def _refuse_empty(arguments: argparse.Namespace) -> None:
 def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
     if argv[:1] in (["-h"], ["--help"]):
         rows = [f"  {name:8} {(command.run.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
-        _say([*(__doc__ or "").splitlines(), "", "Commands (each has --help; without one: serve):", *rows])
+        about = (__doc__ or "").partition("\nThe laws")[0]  # those are for who reads the file
+        _say([*about.splitlines(), "", "Commands (each has --help; without one: serve):", *rows])
         raise SystemExit(EXIT_OK)
     if argv[:1] == ["--version"]:
         _say([f"jobqueue {__version__}"])

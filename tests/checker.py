@@ -710,6 +710,7 @@ def server_jobs(port):
             status, job = wire.request("GET", f"/api/jobs/{item['job_id']}")
             if status == 503:  # not lost, only not told any more
                 raise Cut(job["detail"])
+            assert status in (200, 404), job  # 404: forgotten in between
             if status == 200:
                 jobs[job["job_id"]] = job
         after = page["next"] and f"&after={page['next']}"

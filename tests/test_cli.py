@@ -312,6 +312,14 @@ def test_commands_leave_nothing_open(server, queue):
     assert b"Warning" not in errors and b"Traceback" not in errors, errors
 
 
+def test_what_cannot_be_printed_is_exit_1(server, client, queue):
+    client.put(b"1", queue=queue)
+    for command in ("token --scope client", "stats", "jobs", "jobs --json", "--help", "submit --help"):
+        for target, why in ((">&-", b"is closed"), (">/dev/full", b"No space left")):
+            done = by_shell(server.url, f"{command} {target}")
+            assert done.returncode == NO and why in done.stderr, (command, target, done.stderr)
+
+
 def test_help_needs_no_docstrings():
     for arguments in (["--help"], ["work", "--help"]):
         command = [sys.executable, "-OO", str(ROOT / "jobqueue.py"), *arguments]
@@ -447,6 +455,11 @@ def test_a_file_is_submitted_line_by_line_and_the_ids_are_printed_in_order(serve
     assert [client.view(job_id)["payload"] for job_id in ids] == [1, 2]
 
 
+def test_a_line_of_white_space_is_a_payload_as_it_is_to_the_server(server, client, queue, cli):
+    ids = said(cli(server.url, "submit", "--file", "-", "--queue", queue, given=b"  \n\r\n\n\t\n1\n")).split()
+    assert [client.view(job_id)["payload"] for job_id in ids] == ["  ", "\t", 1]
+
+
 def test_a_large_file_shows_its_progress_on_a_terminal_and_is_whole(server, client, queue, tmp_path):
     path = tmp_path / "many.ndjson"
     path.write_text("".join(f"{number}\n" for number in range(10_001)))
@@ -477,7 +490,7 @@ def test_a_file_is_submitted_whole_when_the_reader_of_the_ids_goes_away(server, 
     assert client.stats()["queues"][queue]["pending"] == 10_001
 
 
-@pytest.mark.parametrize("target, why", [(">&-", "was closed"), (">/dev/full", "failed: No space left on device")])
+@pytest.mark.parametrize("target, why", [(">&-", "is closed"), (">/dev/full", "failed: No space left on device")])
 def test_a_submit_that_cannot_print_says_what_was_submitted(server, client, queue, tmp_path, target, why):
     (tmp_path / "two").write_text("1\n2\n")
     done = by_shell(server.url, f"submit --file {tmp_path / 'two'} --queue {queue} {target}")
@@ -941,6 +954,14 @@ def test_what_a_command_leaves_in_the_background_does_not_hold_its_job_up(server
     client.wait_status(job_id, "completed")
     assert client.result(job_id) == bytes(200_000)
     os.kill(int((room / "pid2").read_text()), signal.SIGKILL)
+
+
+def test_a_header_with_hyphens_is_not_covered_by_one_that_looks_alike(server, client, queue, work):
+    work(server.url, "--queue", queue, "--", "sh", "-c", 'printf %s "$JOB_HEADER_X_A"')
+    for headers in ({"X-A": "right", "X_A": "1", "X.A": "2"}, {"X_A": "1", "X.A": "2", "X-A": "right"}):
+        job_id = client.put(b"1", headers, queue=queue)
+        client.wait_status(job_id, "completed")
+        assert client.result(job_id) == b"right"
 
 
 def test_the_environment_tells_the_job_and_its_headers(server, client, queue, work):

@@ -791,6 +791,13 @@ def test_a_job_that_ends_otherwise_after_a_failed_attempt_tells_what_the_worker_
     assert "THE-ERROR" in problem["detail"] and "took" not in problem["detail"]
 
 
+def test_two_keys_are_none(client, server):
+    request = b"POST /api/submit?wait=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n"
+    answer = raw(server.url, request + b"Idempotency-Key: D\r\n" * 2 + b"\r\n1")
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"idempotency-key is given twice" in answer
+    assert client.stats()["total"] == 0
+
+
 def test_a_batch_of_jobs_takes_no_idempotency_key(client):
     answer = client.call("POST", "/api/jobs", b"1\n", {"Content-Type": "application/x-ndjson", "Idempotency-Key": "k"})
     assert answer.status == 400 and "Idempotency-Key" in check_problem(answer)["detail"]

@@ -989,6 +989,33 @@ def test_a_client_that_hangs_up_cancels_its_job_where_it_asked_for_that(server, 
     assert worker.poll() is None
 
 
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_a_client_that_sent_on_and_hangs_up_is_missed_all_the_same(server, client, clock, size):
+    with submitter(server, on_disconnect="cancel") as connection:
+        wait_until(lambda: client.stats()["waiting_clients"] == 1)
+        connection.sendall(b"x" * size)
+        for _ in range(3):
+            clock.advance(1.1)
+            assert client.stats()["waiting_clients"] == 1, "it is still there"
+
+    def left():
+        clock.advance(1.1)
+        return client.stats()["waiting_clients"] == 0
+
+    wait_until(left)
+    wait_until(lambda: client.stats()["cancelled"] == 1)
+
+
+def test_a_queue_of_pollers_that_hung_up_is_shown_no_more(server, client):
+    poller = connect(server.url)
+    poller.sendall(b"GET /api/worker/poll?queue=typo&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    client.wait_workers(1)
+    assert "typo" in client.stats()["queues"]
+    poller.close()
+    wait_until(lambda: "typo" not in client.stats()["queues"])
+    assert client.stats()["waiting_workers"] == 0
+
+
 def test_the_worker_learns_that_the_client_has_gone(server, client, worker):
     with submitter(server, on_disconnect="cancel"):
         job = worker.poll(wait=300)

@@ -937,3 +937,56 @@ def test_before_it_sleeps_the_serving_thread_asks_a_few_times_where_there_is_a_p
     wait_until(lambda: waits[-1:] == ["slept"], what="the server to sleep")
     polls = [len(list(run)) for wait, run in itertools.groupby(waits) if wait == "nothing yet"]
     assert max(polls, default=0) == asked
+
+
+def test_another_engine_can_take_the_place_of_the_local_one(start):
+    class Counting(jobqueue.LocalEngine):
+        made = []
+
+        def __init__(self, settings, clock, failed):
+            super().__init__(settings, clock, failed)
+            self.made.append((self, settings, clock))
+
+        def submit(self, *arguments):
+            self.submitted = arguments
+            return super().submit(*arguments)
+
+    server = start(engine=Counting)
+    assert Counting.made == [(server.engine, server.settings, server.clock)]
+    assert call(server.url, "POST", "/api/submit?wait=0", b"7").status == 202
+    assert server.engine.submitted[1] == b"7"
+
+
+def test_a_future_that_is_cancelled_waits_no_more_and_its_job_goes_on(start):
+    server = start()
+    futures = [server.submit(b"1") for _ in range(3)]
+    assert server.engine.stats()["waiting_clients"] == 3
+    assert futures[0].cancel() and futures[1].cancel()
+    assert server.engine.stats()["waiting_clients"] == 1
+    assert server.engine.stats()["pending"] == 3
+
+
+def test_a_compaction_that_breaks_leaves_nothing_behind_and_is_tried_again_later(start, tmp_path, monkeypatch):
+    clock, tried = FakeClock(), []
+    server = start(clock=clock, compact_bytes=20_000, keep_jobs=2)
+    jobs = server.jobs()
+
+    def work(count):
+        for _ in range(count):
+            server.submit(b"x" * 1000)
+            next(jobs).complete()
+
+    def broken(job):
+        tried.append(job)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobqueue, "job_text", broken)
+        work(40)
+        wait_until(lambda: tried and server.engine._compacting is None)
+        work(40)
+        assert len(tried) == 1
+    assert not (tmp_path / "data" / "journal.jsonl.new").exists()
+    clock.advance(11)
+    work(1)
+    wait_until(lambda: server.engine.figures()["compactions_total"] == 1)

@@ -630,6 +630,17 @@ def test_a_queue_that_is_full_by_its_bytes_refuses(tmp_path, clock):
         client.put(b"x" * 15_000)
 
 
+def test_what_a_batch_brings_counts_with_its_headers(tmp_path, clock):
+    with jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None, clock=clock, max_bytes=100_000) as server:
+        client = Client(server)
+        headers = {"Content-Type": "application/x-ndjson", "X-Large": "v" * 1000}
+        problem = check_problem(client.call("POST", "/api/jobs", b"1\n" * 1000, headers))
+        assert problem["code"] == "queue_full" and "this brings 1000 with 1" in problem["detail"]
+        assert client.stats()["bytes"] == 0
+        assert client.call("POST", "/api/jobs", b"1\n" * 50, headers).status == 202
+        assert 50_000 < client.stats()["bytes"] <= 100_000
+
+
 def test_a_full_disk_stores_nothing_and_service_resumes_by_itself(world):
     before = world.client.put(b"before")
     held = world.client.hold(b"held")

@@ -359,6 +359,15 @@ def test_a_held_client_too_many_is_told_while_workers_get_in_and_the_held_get_th
     for path in (f"/api/jobs/{extra}?wait=5", f"/api/jobs/{extra}/result?wait=5"):
         refused(call(server.url, "GET", path), "too_many_clients")
     assert client.view(extra)["status"] == "pending"
+    # Nor is who asks for what is over: it is there at once.
+    keyed = {"Idempotency-Key": "k"}
+    over = client.put(b"7", keyed, queue="over")
+    refused(client.submit(b"7", keyed, queue="over"), "too_many_clients")
+    assert check_problem(client.submit(b"8", keyed, queue="over"))["code"] == "key_reused"
+    worker.complete(worker.poll(queue="over"), b"77")
+    assert client.submit(b"7", keyed, queue="over").json()["payload"] == 77
+    assert client.view(over, wait=5)["status"] == "completed"
+    assert client.call("GET", f"/api/jobs/{over}/result", wait=5).body == b"77"
     long_poll = later(worker.poll, queue="other", wait=30)  # a worker may wait as ever
     client.wait_workers(1)
     for number in range(4):

@@ -444,3 +444,13 @@ def test_workers_and_clients_live_through_restarts_under_load(tmp_path):
         future.result(30)
     assert results == {number: f"result of {number}" for number in range(40)}
     assert Client(server).stats()["total"] == 40
+
+
+def test_a_queue_that_was_resumed_leaves_no_trace(start, clock):
+    first = start(clock)
+    for queue in ("one", "two"):
+        Client(first).admin("pause", queue=queue)
+    Client(first).admin("resume", queue="one")
+    Client(first).admin("resume", queue="three")
+    first.stop(drain=0)
+    assert list(Client(start(clock)).stats()["queues"]) == ["two"]

@@ -601,6 +601,17 @@ def test_workers_are_known_by_name(client, worker):
                         for each in client.call("GET", "/api/admin/workers").json()["workers"]}["bob"] == 1)
 
 
+def test_a_result_over_grpc_is_text_or_bytes_and_not_both(server):
+    grpc = pytest.importorskip("grpc", reason="grpcio is not installed")
+    client, worker = Client(server), WORKERS["grpc"](server)
+    client.put()
+    job = worker.poll()
+    with pytest.raises(grpc.RpcError) as error:
+        worker.stub.CompleteJob(worker.pb.JobResult(job_id=job.id, payload="a", payload_bytes=b"b"), timeout=10)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert client.status(job.id) == "processing"
+
+
 @pytest.mark.parametrize("wire", WORKERS)
 def test_results_of_a_batch_are_served_as_their_worker_named_them(server, wire):
     if wire == "grpc":
