@@ -1082,8 +1082,9 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
     try:
         if line[8:18] != b'%08x",' % zlib.crc32(line[18:]):
             return None
-        return _scan_plain(line.decode(), 0)[0]
-    except (ValueError, StopIteration):
+        record = _scan_plain(line.decode(), 0)[0]
+        return record if type(record["seq"]) is type(record["synced"]) is int else None
+    except (ValueError, LookupError, TypeError, StopIteration):
         return None
 
 
@@ -1120,7 +1121,7 @@ class JournalReader:
 
     def _read_header(self, line: bytes) -> None:
         header = _read_line(line)
-        if header is None or header.get("op") != "journal":
+        if header is None or header.get("op") != "journal" or type(header.get("version")) is not int:
             raise self._damaged(0, "its first line is not a jobqueue header")
         self.version = header["version"]
         if self.version > Journal.VERSION:
@@ -1136,7 +1137,7 @@ class JournalReader:
         while line:
             size += len(line)
             record = _read_line(line)
-            if record is not None and isinstance(record.get("synced"), int):
+            if record is not None:
                 self.synced = max(self.synced, record["synced"])
             line = file.readline()
         if self.synced > seq:

@@ -695,6 +695,28 @@ STRAY = {
 }
 
 
+@pytest.mark.parametrize(
+    "seq, synced", [('"9"', "0"), ("9.5", "0"), ("null", "0"), ("9", "null"), ("9", "[]"), ("9", "true")]
+)
+def test_a_line_of_the_right_checksum_that_is_no_record_is_a_torn_end(journal, capsys, seq, synced):
+    """As no other says that it had been synced."""
+    before = journal.read_bytes()
+    last = json.loads(before.splitlines()[-1])["seq"]
+    journal.write_bytes(before + jobqueue.journal_line(seq.replace("9", str(last + 1)), synced, '{"op":"open"}'))
+    assert jobqueue.main(["check", str(journal)]) == OK
+    out, errors = capsys.readouterr()
+    assert "torn" in out and errors == ""
+
+
+def test_a_header_whose_version_is_no_number_is_damage(journal, capsys):
+    first, rest = journal.read_bytes().split(b"\n", 1)
+    body = json.loads(first)
+    header = {"op": "journal", "version": "1", "writer": body["writer"]}
+    journal.write_bytes(jobqueue.journal_line(body["seq"], body["synced"], jobqueue.json_text(header)) + rest)
+    assert jobqueue.main(["check", str(journal)]) == DATA
+    assert "its first line is not a jobqueue header" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stray", STRAY)
 def test_check_names_a_record_that_does_not_follow_and_dump_shows_it(journal, stray, capsys):
     """Such a line is whole, and its checksum is right."""
