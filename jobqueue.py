@@ -858,9 +858,9 @@ class Future:
         """The caller no longer waits; False when the answer is on its way or there."""
         if not self.claim():
             return False
+        self._state = _CANCELLED  # before the mark: whoever sweeps by it looks at the state
         if self.left is not None:
             self.left.append(None)
-        self._state = _CANCELLED
         self._call_back()
         return True
 
@@ -878,7 +878,10 @@ class Future:
                 callback = self._callbacks.pop()
             except IndexError:  # another thread was faster: each is called once
                 return
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # the thread that answers has others to answer
+                log.exception("callback_failed")
 
     def done(self) -> bool:
         """Has it ended: answered or cancelled?"""
@@ -1482,23 +1485,31 @@ class Journal:
             self._wake.notify()
 
     def _commit_forever(self) -> None:
-        while not self.failure:
-            unmarked = 0
-            with self._wake:
-                if not (self._waiting or self._closing or self._switch):
-                    unmarked = self._sleep()
-                switch, self._switch = self._switch, None
-                closing = self._closing
-            # Nobody waits: the watermark is written when nothing was for a while, with `interval` in any case.
-            due = unmarked and (unmarked == self.seq or not self.durable)
-            with self._committing:
-                if self._waiting or due:
-                    self._commit(idle=not self._waiting and self.durable)
-                if switch:
-                    self._switch_to(switch)
-            if closing and not self._waiting:
-                return
-        self._refuse_waiting()
+        try:
+            while not self.failure and self._commit_next():
+                pass
+        except Exception as error:  # without this thread nobody would be answered any more
+            log.exception("committing_failed")
+            self._fail(OSError(errno.EIO, repr(error)))
+        if self.failure:
+            self._refuse_waiting()
+
+    def _commit_next(self) -> bool:
+        """False: that was the last time, the journal is closing."""
+        unmarked = 0
+        with self._wake:
+            if not (self._waiting or self._closing or self._switch):
+                unmarked = self._sleep()
+            switch, self._switch = self._switch, None
+            closing = self._closing
+        # Nobody waits: the watermark is written when nothing was for a while, with `interval` in any case.
+        due = unmarked and (unmarked == self.seq or not self.durable)
+        with self._committing:
+            if self._waiting or due:
+                self._commit(idle=not self._waiting and self.durable)
+            if switch:
+                self._switch_to(switch)
+        return bool(self._waiting) or not closing
 
     def _sleep(self) -> int:
         """Until somebody waits, or it is time to look again: the last record then, where the watermark does not cover
@@ -1598,7 +1609,7 @@ class Journal:
                 new.follow()
                 os.replace(new.path, self.path)
                 old, self._file, self.size = self._file, new.file, new.size
-        except OSError as error:
+        except Exception as error:  # be it that memory has run out
             new.error = error
             new.discard()
             return
@@ -5545,8 +5556,8 @@ class Connection:
         if answering or (self._out and not self._unsent):
             self._keep = False
             self._listen(self._events & ~_READ)
-        elif self._begun():
-            self._refuse(_bad_http("the request was cut short"))
+        elif self._begun() and not self._out:
+            self._refuse(self._refusal or _bad_http("the request was cut short"))
         else:
             self.close()
 
@@ -5702,6 +5713,7 @@ class Connection:
             self.state, self._later = _HELD, answer
             self._counts = self._plan.holds and not answer.future.done()
             self._server.held += self._counts
+            self._server.waiting += 1
             answer.future.add_done_callback(self._ended)
         elif self.state != _CLOSED:
             self.state = _READING
@@ -5722,6 +5734,7 @@ class Connection:
             self._lose(later, value)
             return
         self._server.held -= self._counts
+        self._server.waiting -= 1
         self.state = _READING
         if lost and self._peer_left():
             self.close()
@@ -5913,6 +5926,7 @@ class Connection:
             self._lose(*unsent)
         if held and self._later is not None:
             self._server.held -= self._counts
+            self._server.waiting -= 1
             if self._later.future.cancel():
                 self._later = None
 
@@ -5954,8 +5968,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     __slots__ = (
         "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
-        "_longest_idle", "held", "stopping", "now", "_second", "date", "_posted", "_awake", "_together", "_wake_in",
-        "_wake_out", "_serving", "_brisk", "_spins", "_paused", "_tell_again", "knows_states",
+        "_longest_idle", "held", "waiting", "stopping", "now", "_second", "date", "_posted", "_awake", "_together",
+        "_wake_in", "_wake_out", "_serving", "_brisk", "_spins", "_paused", "_tell_again", "knows_states",
     )
     # fmt: on
 
@@ -5983,7 +5997,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.selector, self.timers, self._due = selectors.DefaultSelector(), Timers(), math.inf
         self.connections: set[Connection] = set()
         self._longest_idle: list[Connection] | None = None  # the longest at the end; None: not looked for yet
-        self.held, self.stopping = 0, False
+        self.held, self.waiting, self.stopping = 0, 0, False  # clients held; connections whose answer is to come
         self.now = clock.monotonic()
         self._second, self.date = 0, ""  # the Date header of this second
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
@@ -6054,16 +6068,22 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def _wait(self, patience: float | None) -> list[tuple[selectors.SelectorKey, int]]:
         """What happened, or nothing after `patience` seconds (None: no limit).
 
-        While one thing happens at a time, and soon after the last, as with a single client and its worker, it asks on
-        for a moment before it sleeps (busy polling): to be woken takes longer than what is waited for.
+        While somebody waits for an answer, and one thing happens at a time and soon after the last, as with a single
+        client and its worker, it asks on for a moment before it sleeps (busy polling): to be woken takes longer than
+        what is waited for. (Whoever only asks and is answered is served faster by a thread that slept: the system runs
+        both on one processor.)
         """
-        began = self._clock.monotonic()
-        for _ in range(self._spins if self._brisk else 0):
-            if events := self.selector.select(0):
+        began, events = self._clock.monotonic(), []
+        spins = self._spins if self._brisk and self.waiting else 0
+        for _ in range(spins):
+            events = self.selector.select(0)
+            if events or self._clock.monotonic() - began > self.BRISK:
                 break
-        else:
+        caught = bool(events)
+        if not caught:
             events = self.selector.select(patience)
-        self._brisk = len(events) == 1 and self._clock.monotonic() - began < self.BRISK
+        near = len(events) == 1 and self._clock.monotonic() - began < self.BRISK
+        self._brisk = near and (caught or not spins)  # having asked in vain, it sleeps once without
         return events
 
     def _run_posted(self) -> None:
@@ -6479,8 +6499,8 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
             return future.result()
         with self._lock:
             self._running -= 1
-        self._start_another()
         try:
+            self._start_another()
             return future.result()
         finally:
             with self._lock:
@@ -7128,8 +7148,10 @@ def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> conc
     """A future of the standard library, which asyncio.wrap_future takes too; a thread of `tellers` ends it."""
     future: concurrent_futures.Future = concurrent_futures.Future()
     future.job_id = answer.job_id
+    asked = [answer]  # until it is answered: what keeps the future must not keep the payload
 
     def tell() -> None:
+        asked.clear()
         if not future.set_running_or_notify_cancel():
             return
         error = answer.exception()
@@ -7144,8 +7166,13 @@ def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> conc
         else:
             future.set_result(job.result)
 
+    def let_go(future: concurrent_futures.Future) -> None:
+        if future.cancelled():
+            for answer in asked:
+                answer.cancel()
+
     answer.add_done_callback(lambda _: tellers.submit(tell))
-    future.add_done_callback(lambda _: future.cancelled() and answer.cancel())  # it counts among those who wait no more
+    future.add_done_callback(let_go)
     return future
 
 
@@ -8388,6 +8415,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USAGE)
 
     def print_help(self, file: Any = None) -> None:
+        """As argparse calls it, for --help: to standard output."""
         _say(self.format_help().splitlines())
 
 

@@ -639,6 +639,9 @@ LENGTHS = [
            "hello", source="RFC 9110 5.6.2: _ is not -"),
     Case("a body shorter than its length is never run", submit(b"Content-Length: 9999\r\n", b"hello"),
          statuses((400,)), CLOSES, source="RFC 9112 8", ends=True),
+    Case("a body cut short that nobody wants",
+         b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc",
+         statuses((404,)), CLOSES, source="RFC 9112 8", ends=True),
     Case("a length over the bytes to come eats the canary as content",
          submit(b"Content-Length: 1000\r\n", b"x"), statuses((400,)), CLOSES, source="RFC 9112 8", ends=True),
 ]

@@ -320,6 +320,17 @@ def test_what_cannot_be_printed_is_exit_1(server, client, queue):
             assert done.returncode == NO and why in done.stderr, (command, target, done.stderr)
 
 
+def test_a_worker_that_cannot_go_on_closes_its_connections(server, client, queue):
+    def cannot(job):
+        raise jobqueue.Refused(USAGE, "cannot run")
+
+    client.put(b"1", queue=queue)
+    connections = [jobqueue.Client(server.url) for _ in range(2)]
+    with pytest.raises(jobqueue.Refused):
+        jobqueue.Worker(*connections, cannot, {"queue": queue}).work()
+    assert [each._connection.sock for each in connections if each._connection] in ([], [None], [None, None])
+
+
 def test_help_needs_no_docstrings():
     for arguments in (["--help"], ["work", "--help"]):
         command = [sys.executable, "-OO", str(ROOT / "jobqueue.py"), *arguments]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import http.client
 import itertools
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -918,25 +920,50 @@ def test_the_serving_thread_does_not_spin_while_another_one_waits_for_the_disk(s
     assert mine.result(60) == ["another"]
 
 
-@pytest.mark.parametrize(("processors", "asked"), [(2, jobqueue.HTTPServer.SPINS), (1, 0)])
-def test_before_it_sleeps_the_serving_thread_asks_a_few_times_where_there_is_a_processor_for_it(
-    start, monkeypatch, processors, asked
+SPINS = jobqueue.HTTPServer.SPINS
+
+
+@pytest.mark.parametrize(
+    ("processors", "waits", "at_once", "passing", "asked"),
+    [
+        (2, True, 1, 0.0, SPINS),
+        (1, True, 1, 0.0, 0),
+        (2, False, 1, 0.0, 0),
+        (2, True, 2, 0.0, 0),
+        (2, True, 1, 0.001, 0),
+    ],
+    ids=["brisk", "one processor", "nobody waits", "two things at once", "long after the last"],
+)
+def test_before_it_sleeps_the_serving_thread_asks_a_few_times_where_that_may_pay(
+    start, monkeypatch, processors, waits, at_once, passing, asked
 ):
+    class Passing(FakeClock):
+        def monotonic(self):
+            with self._lock:
+                self._now += passing
+            return super().monotonic()
+
     monkeypatch.setattr(jobqueue, "_processors", lambda: processors)
-    server, waits = start(), []  # time stands still: whatever happens, happens soon after the last
+    server, turns = start(clock=Passing() if passing else FakeClock()), []  # else whatever happens happens at once
     select = server._http.selector.select
+    if waits:
+        held = later(call, server.url, "GET", "/api/worker/poll?wait=200")
+        wait_until(lambda: server.engine.stats()["waiting_workers"] == 1)
 
     def watched(patience=None):
         events = select(patience)
-        waits.append("something" if events else "nothing yet" if patience == 0 else "slept")
-        return events
+        turns.append("something" if events else "nothing yet" if patience == 0 else "slept")
+        return events * at_once
 
-    assert call(server.url, "GET", "/health").status == 200  # its last event, the close, may be seen by `watched`
     monkeypatch.setattr(server._http.selector, "select", watched)
-    assert call(server.url, "GET", "/health").status == 200
-    wait_until(lambda: waits[-1:] == ["slept"], what="the server to sleep")
-    polls = [len(list(run)) for wait, run in itertools.groupby(waits) if wait == "nothing yet"]
+    for _ in range(2):
+        assert call(server.url, "GET", "/health").status == 200
+    wait_until(lambda: turns[-1:] == ["slept"], what="the server to sleep")
+    polls = [len(list(run)) for turn, run in itertools.groupby(turns) if turn == "nothing yet"]
     assert max(polls, default=0) == asked
+    server.stop(drain=0)
+    if waits:
+        assert held.result(10).status == 204
 
 
 def test_another_engine_can_take_the_place_of_the_local_one(start):
@@ -990,3 +1017,48 @@ def test_a_compaction_that_breaks_leaves_nothing_behind_and_is_tried_again_later
     clock.advance(11)
     work(1)
     wait_until(lambda: server.engine.figures()["compactions_total"] == 1)
+
+
+def test_a_future_that_is_dropped_is_freed_with_what_was_submitted(start):
+    server = start()
+    job = server.jobs()
+    gc.disable()
+    try:
+        future = server.submit(b"x" * 1_000_000)
+        next(job).complete(b"1")
+        assert future.result(10) == b"1"
+        known = weakref.ref(future)
+        del future
+        wait_until(lambda: known() is None)
+    finally:
+        gc.enable()
+
+
+def test_a_compaction_that_breaks_in_the_committing_thread_stops_nobody(start, tmp_path, monkeypatch):
+    server, tried = start(compact_bytes=20_000, keep_jobs=2), []
+    follow, jobs = jobqueue._NewFile.follow, server.jobs()
+
+    def broken(new):
+        if threading.current_thread().name == "jobqueue-commit":
+            tried.append(new)
+            raise MemoryError
+        follow(new)
+
+    monkeypatch.setattr(jobqueue._NewFile, "follow", broken)
+    for _ in range(40):
+        server.submit(b"x" * 1000)
+        next(jobs).complete()
+    wait_until(lambda: tried and server.engine._compacting is None)
+    assert server.engine.figures()["compactions_total"] == 0
+    assert not (tmp_path / "data" / "journal.jsonl.new").exists()
+    assert server.submit(b"1").job_id and not server.failed.is_set()
+
+
+def test_a_callback_that_raises_keeps_nobody_else_from_the_answer(caplog):
+    future, told = jobqueue.Future(), []
+    future.add_done_callback(told.append)
+    future.add_done_callback(lambda _: 1 / 0)
+    future.add_done_callback(told.append)
+    assert future.claim()
+    future.set_result(1)
+    assert told == [future, future] and "callback_failed" in caplog.text

@@ -641,6 +641,13 @@ def test_what_a_batch_brings_counts_with_its_headers(tmp_path, clock):
         assert 50_000 < client.stats()["bytes"] <= 100_000
 
 
+def test_what_a_batch_brings_counts_with_what_it_takes_to_keep_it(tmp_path, clock):
+    with jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None, clock=clock, max_bytes=20_000) as server:
+        client = Client(server)
+        problem = check_problem(client.call("POST", "/api/jobs", b"1\n" * 60, {"Content-Type": "application/x-ndjson"}))
+        assert problem["code"] == "queue_full"
+
+
 def test_a_full_disk_stores_nothing_and_service_resumes_by_itself(world):
     before = world.client.put(b"before")
     held = world.client.hold(b"held")
