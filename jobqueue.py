@@ -5553,10 +5553,11 @@ class Connection:
     def _hung_up(self) -> None:
         """The end of the stream: nothing more will be asked, and whoever waits for long has left."""
         answering = self.state == _HELD and not (self._later and self._later.long)
+        begun = self._begun() and (self._body is not None or self._buffer.strip(b"\r\n"))  # empty lines are none
         if answering or (self._out and not self._unsent):
             self._keep = False
             self._listen(self._events & ~_READ)
-        elif self._begun() and not self._out:
+        elif begun and not self._out:
             self._refuse(self._refusal or _bad_http("the request was cut short"))
         else:
             self.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 
 import pytest
 
@@ -789,6 +790,19 @@ def test_a_job_that_ends_otherwise_after_a_failed_attempt_tells_what_the_worker_
     problem = check_problem(waiting.result(10))
     assert (problem["code"], problem["job_id"]) == (code, job.id)
     assert "THE-ERROR" in problem["detail"] and "took" not in problem["detail"]
+
+
+SUBMITTED = b"POST /api/submit?wait=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
+
+
+@pytest.mark.parametrize("before", [b"", SUBMITTED])
+@pytest.mark.parametrize("lines", [1, 2])
+def test_empty_lines_at_the_end_are_no_request_that_was_cut_short(server, before, lines):
+    with connect(server.url) as connection:
+        connection.sendall(before + b"\r\n" * lines)
+        connection.shutdown(socket.SHUT_WR)
+        said = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert said.count(b"HTTP/1.1 ") == said.count(b"HTTP/1.1 202 ") == bool(before)
 
 
 def test_two_keys_are_none(client, server):
