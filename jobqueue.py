@@ -104,7 +104,6 @@ import signal
 import socket
 import ssl
 import stat
-import string
 import subprocess
 import threading
 import time
@@ -1500,13 +1499,14 @@ class Journal:
         with self._wake:
             if not (self._waiting or self._closing or self._switch):
                 unmarked = self._sleep()
-            switch, self._switch = self._switch, None
             closing = self._closing
         # Nobody waits: the watermark is written when nothing was for a while, with `interval` in any case.
         due = unmarked and (unmarked == self.seq or not self.durable)
         with self._committing:
             if self._waiting or due:
                 self._commit(idle=not self._waiting and self.durable)
+            with self._wake:
+                switch, self._switch = self._switch, None
             if switch:
                 self._switch_to(switch)
         return bool(self._waiting) or not closing
@@ -5482,11 +5482,14 @@ class Connection:
                 self._flush()
             if mask & _READ and self.state > _HANDSHAKE:
                 self._read()
-        except OSError:
-            self.close()
-        except Exception:
-            log.exception("connection_failed peer=%s", self.peer)
-            self.close()
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Whatever it was: the others are served."""
+        if not isinstance(error, OSError):
+            log.error("connection_failed peer=%s", self.peer, exc_info=error)
+        self.close()
 
     def _shake_hands(self) -> None:
         try:
@@ -5737,16 +5740,19 @@ class Connection:
         self._server.held -= self._counts
         self._server.waiting -= 1
         self.state = _READING
-        if lost and self._peer_left():
-            self.close()
-        else:
-            self._respond(self._server.shape(later, value))
-        if self.state == _CLOSED:
-            self._lose(later, value)
-        elif self._out:
-            self._unsent = (later, value) if lost else None
-        else:
-            self._go_on()
+        try:
+            if lost and self._peer_left():
+                self.close()
+            else:
+                self._respond(self._server.shape(later, value))
+            if self.state == _CLOSED:
+                self._lose(later, value)
+            elif self._out:
+                self._unsent = (later, value) if lost else None
+            else:
+                self._go_on()
+        except Exception as error:
+            self._failed(error)
 
     def _go_on(self) -> None:
         if self._buffer and not self._advancing:  # what was sent on without waiting for the answer
@@ -6071,8 +6077,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
         While somebody waits for an answer, and one thing happens at a time and soon after the last, as with a single
         client and its worker, it asks on for a moment before it sleeps (busy polling): to be woken takes longer than
-        what is waited for. (Whoever only asks and is answered is served faster by a thread that slept: the system runs
-        both on one processor.)
+        what is waited for. (A client that only asks and is answered was served faster by a thread that had slept.)
         """
         began, events = self._clock.monotonic(), []
         spins = self._spins if self._brisk and self.waiting else 0
@@ -7555,13 +7560,10 @@ class _Heartbeat(threading.Thread):
         self.join()
 
 
-_PLAIN_NAME = dict.fromkeys(map(ord, f"{string.ascii_letters}{string.digits}-"))
-
-
 def run_command(command: list[str], job: PolledJob) -> Verdict:
     """Payload on stdin, result from stdout. Exit 0 completes, 75 asks for a retry, anything else fails for good."""
     names = {}
-    for name in sorted(job.headers, key=lambda name: name.translate(_PLAIN_NAME) == ""):  # X-A wins over X_A and X.A
+    for name in sorted(job.headers, key=lambda name: not re.search("[^A-Za-z0-9-]", name)):  # X-A wins over X_A, X.A
         names["JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper())] = job.headers[name].replace("\0", "")
     environment = {**os.environ, **names, "JOB_ID": job.id, "JOB_QUEUE": job.queue, "JOB_ATTEMPT": str(job.attempt)}
     try:
@@ -7765,7 +7767,8 @@ class _Bell:
             self.signals.append(number)
 
     def ignore(self) -> None:
-        """From now on. In its last moments the interpreter puts the default back for all but what is ignored."""
+        """From now on, and nobody waits any more. In its last moments the interpreter puts the default back for all but
+        what is ignored."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)

@@ -1019,17 +1019,19 @@ def test_a_compaction_that_breaks_leaves_nothing_behind_and_is_tried_again_later
     wait_until(lambda: server.engine.figures()["compactions_total"] == 1)
 
 
-def test_a_future_that_is_dropped_is_freed_with_what_was_submitted(start):
-    server = start()
-    job = server.jobs()
+def test_a_future_does_not_keep_what_was_submitted_and_is_freed_when_it_is_dropped(start):
+    server, payload = start(keep_jobs=0), b"x" * 1_000_000
+    own = sys.getrefcount(payload)
     gc.disable()
     try:
-        future = server.submit(b"x" * 1_000_000)
-        next(job).complete(b"1")
+        future, jobs = server.submit(payload), server.jobs()
+        next(jobs).complete(b"1")
+        jobs.close()
         assert future.result(10) == b"1"
+        wait_until(lambda: sys.getrefcount(payload) == own, what="the payload to be nobody else's")
         known = weakref.ref(future)
         del future
-        wait_until(lambda: known() is None)
+        wait_until(lambda: known() is None, what="the future to be freed")
     finally:
         gc.enable()
 
@@ -1062,3 +1064,32 @@ def test_a_callback_that_raises_keeps_nobody_else_from_the_answer(caplog):
     assert future.claim()
     future.set_result(1)
     assert told == [future, future] and "callback_failed" in caplog.text
+
+
+def test_when_the_committing_thread_breaks_whoever_waits_is_told(start, monkeypatch):
+    server, sync = start(), jobqueue._sync_data
+
+    def broken(file):
+        if threading.current_thread().name == "jobqueue-commit":
+            raise MemoryError
+        sync(file)
+
+    monkeypatch.setattr(jobqueue, "_sync_data", broken)
+    with pytest.raises(jobqueue.JobQueueError) as refusal:
+        server.cancel(server.submit(b"1").job_id)
+    assert refusal.value.code == "outcome_unknown" and server.failed.is_set()
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/submit?wait=0"])
+def test_a_connection_whose_answer_cannot_be_made_is_closed(start, monkeypatch, caplog, path):
+    server = start()
+
+    def broken(*arguments):
+        raise ValueError("a mistake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobqueue, "render", broken)
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+            call(server.url, "POST" if "submit" in path else "GET", path)
+    assert "connection_failed" in caplog.text and "a mistake" in caplog.text
+    assert call(server.url, "GET", "/health").status == 200
