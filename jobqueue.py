@@ -1907,7 +1907,7 @@ class _Crowd:
         """Count this one. Once most of those that were counted have left, they are swept out."""
         self.count += 1
         future.left = self.gone
-        if len(self.gone) > 1000 + self.count // 2:
+        if self.gone and len(self.gone) > 1000 + self.count // 2:
             self.tidy()
 
     def tidy(self) -> None:
@@ -5715,10 +5715,14 @@ class Connection:
                 answer.future.cancel()
                 return
             self.state, self._later = _HELD, answer
-            self._counts = self._plan.holds and not answer.future.done()
-            self._server.held += self._counts
             self._server.waiting += 1
-            answer.future.add_done_callback(self._ended)
+            if answer.future.done():
+                self._counts = False
+                self._server.post(self._finish)
+            else:
+                self._counts = self._plan.holds
+                self._server.held += self._counts
+                answer.future.add_done_callback(self._ended)
         elif self.state != _CLOSED:
             self.state = _READING
             self._respond(answer)
