@@ -1163,6 +1163,7 @@ class Journal:
 
     VERSION = 1
     QUICK = 0.005  # a sync that takes longer (seconds) is left to the committing thread: the leading one serves others
+    STALL, WARY = 0.1, 60.0  # after one that took so long, all are for a while: a card that hangs once hangs again
     IDLE = 0.2  # seconds without work after which the watermark itself is written, so that a later flip is found
 
     def __init__(
@@ -1190,6 +1191,7 @@ class Journal:
         self._committing = threading.Lock()  # held while syncing and answering, and for whatever else closes the file
         self._leader = 0  # the thread that commits after its own verbs
         self._quick = True  # is the disk quick enough for that?
+        self._wary_until = 0.0  # since it was not, once
         self._switch: _NewFile | None = None
         self._refusing = False  # did the disk refuse the last append?
         self._spent_at = 0  # the size when the reserve was given back
@@ -1529,9 +1531,12 @@ class Journal:
         if seq > self.synced:
             before = self._clock.monotonic()
             _sync_data(self._file)
-            took = self._clock.monotonic() - before
+            now = self._clock.monotonic()
+            took = now - before
             self._syncs.observe(took)
-            self.synced, self._quick = seq, took < self.QUICK
+            if took > self.STALL:
+                self._wary_until = now + self.WARY
+            self.synced, self._quick = seq, took < self.QUICK and now >= self._wary_until
         if not self.durable:
             self._marked = seq
         elif idle:
@@ -5966,9 +5971,17 @@ def render(response: Response, keep: bool, date: str, version: int = 1) -> bytes
     return b"%bContent-Length: %d\r\n\r\n%b" % (data, len(body), body)
 
 
-def _processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _processors(own: str = "/proc/self/cgroup", groups: str = "/sys/fs/cgroup") -> int:
+    """How many this process may use at a time; of a share (cpu.max of cgroup v2, as containers have it), what is
+    whole."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        with open(own) as file:
+            group = file.read().partition("0::/")[2].partition("\n")[0]
+        with open(f"{groups}/{group}/cpu.max") as file:
+            quota, period = map(int, file.read().split())  # a ValueError where there is no limit, which is "max"
+        count = min(count, max(1, quota // period))
+    return count
 
 
 class HTTPServer(http.server.ThreadingHTTPServer):

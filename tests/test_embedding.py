@@ -966,6 +966,60 @@ def test_before_it_sleeps_the_serving_thread_asks_a_few_times_where_that_may_pay
         assert held.result(10).status == 204
 
 
+@pytest.mark.parametrize(
+    ("limit", "usable"),
+    [
+        (None, 2),
+        ("max 100000", 2),
+        ("50000 100000", 1),
+        ("100000 100000", 1),
+        ("150000 100000", 1),
+        ("200000 100000", 2),
+        ("6400000 100000", 2),
+        ("nonsense", 2),
+    ],
+)
+@pytest.mark.parametrize("group", ["/", "/system.slice/jobqueue.service"])
+def test_of_a_share_of_the_processors_what_is_whole_is_counted(tmp_path, monkeypatch, limit, usable, group):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    (tmp_path / "cgroup").write_text(f"4:memory:/other\n1:cpu:/\n0::{group}\n")
+    folder = tmp_path / group.strip("/")
+    folder.mkdir(parents=True, exist_ok=True)
+    if limit:
+        (folder / "cpu.max").write_text(f"{limit}\n")
+    assert jobqueue._processors(str(tmp_path / "cgroup"), str(tmp_path)) == usable
+
+
+def test_after_a_sync_that_hung_the_serving_thread_leaves_the_next_to_another_for_a_minute(start, monkeypatch):
+    clock, took, real, by = FakeClock(), [0.0], jobqueue._sync_data, []
+
+    def slow(file):
+        by.append(threading.current_thread().name == "jobqueue-commit")
+        clock.advance(took[0])
+        real(file)
+
+    server = start(clock=clock)
+    monkeypatch.setattr(jobqueue, "_sync_data", slow)
+
+    def left_to_another(seconds):
+        """Who synced for a client, by a sync that took so long?"""
+        took[0] = seconds
+        by.clear()
+        assert call(server.url, "POST", "/api/submit?wait=0", b"1").status == 202
+        return by[0]
+
+    assert not left_to_another(0.0)
+    assert not left_to_another(0.006)  # slow, but it did not hang: the next is left to another, those after are not
+    assert left_to_another(0.0)
+    assert not left_to_another(0.2)
+    assert left_to_another(0.0)
+    clock.advance(59)
+    assert left_to_another(0.0)
+    clock.advance(2)
+    assert left_to_another(0.0)  # by which it is found to be quick again
+    assert not left_to_another(0.0)
+
+
 def test_another_engine_can_take_the_place_of_the_local_one(start):
     class Counting(jobqueue.LocalEngine):
         made = []
