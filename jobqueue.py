@@ -993,6 +993,12 @@ class Histogram:
 # where N is the last record it stands for (so the first may be negative); what was appended meanwhile follows without
 # being renumbered. What must be there whole or not at all is one record.
 #
+# The sync that answers wait for is not one of the journal: with a file that grows, the file system writes the new size
+# through a journal of its own, and with it what others changed. What is not on the disk yet is written once more, to a
+# file of fixed size that is written over from its start (_Recent), and that one is synced; the journal itself when that
+# one is full. After a power cut the lines that the journal lacks are there. While the server runs, or after it was
+# stopped or killed, the journal has them all, so a copy of it alone is whole.
+#
 # Rule of change: a reader takes every version up to its own. A change that an older reader would misread raises
 # VERSION, and adds to tests a journal as the older version wrote it.
 
@@ -1004,6 +1010,9 @@ elif hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync there does not reach the med
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
 else:
     _sync_data = os.fsync
+
+
+RECENT = ".recent"  # behind the journal's name
 
 
 def _sync_folder(path: str) -> None:
@@ -1093,33 +1102,59 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
 class JournalReader:
     """Iterate over the records of a journal, then ask what its end is like.
 
-    After the iteration: `seq` is the last good record, `end` the offset behind it, `torn` the number of bytes of a
-    torn tail, `clean` whether the last record is a closing one. Raises DataError for damage and newer formats.
+    After the iteration: `seq` is the last good record, `end` the offset behind the last one in the file itself, whose
+    last `unsure` ones may not be on the disk; `lacking` the lines that follow in its recent file; `torn` the number of
+    bytes of a torn tail; `clean` whether the last record is a closing one. Raises DataError for damage, newer formats.
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.version = path, 0
         self.seq = self.synced = self.end = self.torn = 0
-        self.clean = False
+        self.lacking: list[bytes] = []
+        self.unsure, self.clean = 0, False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with open(self.path, "rb", buffering=MIB) as file:
             self._read_header(file.readline())
-            op, seq, synced, end = "journal", self.seq, self.synced, self.end
+            op, seq, synced, end, bad = "journal", self.seq, self.synced, self.end, b""
             for line in file:
                 record = _read_line(line)
                 if record is None or record["seq"] != seq + 1:
-                    self.synced = synced
-                    self._judge(file, line, seq, end)
+                    bad = line
                     break
                 seq += 1
                 end += len(line)
                 synced = max(synced, record["synced"])
                 op = record.get("op")
                 yield record
-            if synced > seq:
-                raise self._damaged(end, f"it ends before record {synced}, which had been synced")
-            self.seq, self.synced, self.end, self.clean = seq, synced, end, op == "close" and not self.torn
+            self.seq, self.synced, self.end, self.unsure = seq, synced, end, seq - synced
+            if bad or op != "close":
+                yield from self._read_recent()
+            if bad:
+                self._judge(file, bad)
+            if self.synced > self.seq:
+                raise self._damaged(end, f"it ends before record {self.synced}, which had been synced")
+            self.clean = op == "close" and not bad
+
+    def _read_recent(self) -> Iterator[dict[str, Any]]:
+        """What follows in the `recent` file, which holds older records too. Where it begins further on, the journal was
+        copied before it was."""
+        try:
+            with open(self.path + RECENT, "rb", buffering=0) as file:  # in one piece: it may be in use
+                lines = io.BytesIO(file.read())
+        except FileNotFoundError:
+            return
+        records = [(line, record) for line in lines if (record := _read_line(line)) is not None]
+        first = records[0][1]["seq"] if records else math.inf
+        if first > self.seq + 1:
+            return
+        self.unsure = max(self.unsure, self.seq + 1 - first)
+        for line, record in records:
+            self.synced = max(self.synced, record["synced"])
+            if record["seq"] == self.seq + 1:
+                self.seq += 1
+                self.lacking.append(line)
+                yield record
 
     def _read_header(self, line: bytes) -> None:
         header = _read_line(line)
@@ -1133,8 +1168,8 @@ class JournalReader:
             )
         self.seq, self.synced, self.end = header["seq"], header["synced"], len(line)
 
-    def _judge(self, file: io.BufferedReader, line: bytes, seq: int, end: int) -> None:
-        """A bad line at `end`: damage if this or any later line tells that record `seq + 1` was synced."""
+    def _judge(self, file: io.BufferedReader, line: bytes) -> None:
+        """A bad line at `end`: damage if this or any later line tells that a record was synced which is nowhere."""
         size = 0
         while line:
             size += len(line)
@@ -1142,8 +1177,8 @@ class JournalReader:
             if record is not None:
                 self.synced = max(self.synced, record["synced"])
             line = file.readline()
-        if self.synced > seq:
-            raise self._damaged(end, f"record {seq + 1} is not readable there, although it had been synced")
+        if self.synced > self.seq:
+            raise self._damaged(self.end, f"record {self.seq + 1} is not readable there, although it had been synced")
         self.torn = size
 
     def _damaged(self, offset: int, what: str) -> DataError:
@@ -1161,7 +1196,7 @@ class Journal:
     under `lock`, the engine's, so their order is its order.
     """
 
-    VERSION = 1
+    VERSION = 2  # 1: what is not in the file itself is nowhere
     QUICK = 0.005  # a sync that takes longer (seconds) is left to the committing thread: the leading one serves others
     STALL, WARY = 0.1, 60.0  # after one that took so long, all are for a while: a card that hangs once hangs again
     IDLE = 0.2  # seconds without work after which the watermark itself is written, so that a later flip is found
@@ -1206,6 +1241,8 @@ class Journal:
         except OSError as error:
             raise DataError(f"{folder} cannot be used as the data folder: {error.strerror}") from None
         self._reserve = _Reserve(os.path.join(folder, "reserve"), settings.reserve)
+        self._recent = _Recent(self.path + RECENT)
+        self._covered = 0  # bytes of the file that are on the disk, in itself or as recent ones
 
     # -- start and stop
 
@@ -1270,37 +1307,51 @@ class Journal:
 
     def _start(self, reader: JournalReader | None, snapshot: Callable[[], tuple[int, Iterable[str]]]) -> None:
         if reader is None:
+            self._recent.remove()  # of another journal
             self.seq = 1  # so that the header is 0 and the snapshot's one line is 1
             new = _NewFile(self, snapshot(), self.seq)
             os.replace(new.path, self.path)
             _sync_folder(self.folder)
             self._file, self.size = new.file, new.size
         else:
-            self.seq, self.synced, self.size = reader.seq, reader.seq, reader.end
             if not reader.clean:
                 what = "no closing record; reading, rewriting, syncing"
-                log.warning("unclean_stop file=%s records=%d: %s", self.path, reader.seq, what)
-                self._rewrite(reader)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | _BINARY)
+                lacking = len(reader.lacking)
+                log.warning("unclean_stop file=%s records=%d recent=%d: %s", self.path, reader.seq, lacking, what)
+                try:
+                    self._rewrite(reader)
+                except OSError:
+                    if not self._reserve.spend():
+                        raise
+                    self._rewrite(reader)
+            self.seq = self.synced = reader.seq
+            self.size = reader.end + sum(map(len, reader.lacking))
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | _BINARY)
         self.append('{"op":"open"}', urgent=True)
         _sync_data(self._file)
-        self.synced = self.seq
+        self.synced, self._covered = self.seq, self.size
         self._reserve.fill()
         self._spent_at = self.size
+        if self.durable and (reader is None or reader.version == self.VERSION):
+            self._recent.open()
+        else:
+            self._recent.remove()
 
     def _rewrite(self, reader: JournalReader) -> None:
         """Write what is not known to be on the disk once more, where it stands, with the same bytes: so it takes no
-        room, and a crash amid it harms nothing."""
+        room, and a crash amid it harms nothing. Then what it lacks."""
         fd = os.open(self.path, os.O_RDWR | _BINARY)
         try:
             os.ftruncate(fd, reader.end)
-            at = _last_lines(fd, reader.end, reader.seq - reader.synced)
+            at = _last_lines(fd, reader.end, reader.unsure)
             while at < reader.end:
                 os.lseek(fd, at, os.SEEK_SET)
                 chunk = os.read(fd, MIB)
                 os.lseek(fd, at, os.SEEK_SET)
                 _write_all(fd, chunk)
                 at += len(chunk)
+            os.lseek(fd, at, os.SEEK_SET)
+            _write_all(fd, b"".join(reader.lacking))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -1330,6 +1381,7 @@ class Journal:
             _sync_data(self._file)
         except OSError:
             os.ftruncate(self._file, end)  # not sure to be on the disk: no closing record, then
+        self._recent.remove()
 
     def abandon(self) -> None:
         """Let go of the folder and leave the file as it is."""
@@ -1338,6 +1390,7 @@ class Journal:
             self.failure = self.failure or OSError(errno.EBADF, "the journal is closed")
         if file >= 0:
             os.close(file)
+        self._recent.close()
         if lock >= 0:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was forked meanwhile has it too
@@ -1527,10 +1580,13 @@ class Journal:
         return unmarked
 
     def _sync(self, idle: bool) -> None:
-        seq = self.seq
+        seq, end = self.seq, self.size
         if seq > self.synced:
             before = self._clock.monotonic()
-            _sync_data(self._file)
+            if not self._recent.keep(self._file, self._covered, end):
+                _sync_data(self._file)
+                self._recent.restart()
+            self._covered = end
             now = self._clock.monotonic()
             took = now - before
             self._syncs.observe(took)
@@ -1622,10 +1678,12 @@ class Journal:
             new.done.set()
         os.close(old)
         try:
-            seq = self.seq
+            seq, end = self.seq, self.size
             _sync_data(self._file)
             _sync_folder(self.folder)
-            self.synced = seq
+            self.synced, self._covered = seq, end
+            if self.durable:
+                self._recent.open()
         except OSError as error:
             self._fail(error)
 
@@ -1639,7 +1697,7 @@ class _NewFile:
         self._journal = journal
         self.size, self._offset = 0, offset
         self.done, self.error = threading.Event(), None
-        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | _BINARY, 0o600)
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | _BINARY, 0o600)
         count, bodies = snapshot
         try:
             self._write_snapshot(last - count, last, bodies)
@@ -1689,6 +1747,58 @@ class _NewFile:
         os.close(self.file)
         with contextlib.suppress(OSError):
             os.unlink(self.path)
+
+
+class _Recent:
+    """A journal's last records once more, in a file that keeps its size: so its sync writes these bytes and no more."""
+
+    SIZE = 256 * KIB
+
+    def __init__(self, path: str) -> None:
+        self._path, self._file, self._at = path, -1, 0
+
+    def open(self) -> None:
+        """Begin anew, when the journal is on the disk. Where there is no room, the journal itself is synced."""
+        if not hasattr(os, "fdatasync"):  # macOS and Windows: a sync writes everything there
+            return
+        self.close()
+        self._at = 0
+        try:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+            _write_all(self._file, b"\n" * self.SIZE)
+            os.fsync(self._file)
+            _sync_folder(os.path.dirname(self._path))
+        except OSError:
+            self.close()
+
+    def keep(self, journal: int, start: int, end: int) -> bool:
+        """Copy these bytes of the journal and sync; False where they do not fit: then the journal is to be synced."""
+        if self._file < 0 or self._at + end - start > self.SIZE:
+            return False
+        try:
+            data = os.pread(journal, end - start, start)
+            if os.pwrite(self._file, data, self._at) < end - start:
+                return False
+        except OSError:  # on a file system that copies on write, the disk may be full
+            return False
+        _sync_data(self._file)
+        self._at += len(data)
+        return True
+
+    def restart(self) -> None:
+        """All of it is on the disk in the journal: it is written over from now on."""
+        self._at = 0
+
+    def close(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+    def remove(self) -> None:
+        """The journal was closed and has it all."""
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
 
 
 class _Reserve:

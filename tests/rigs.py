@@ -87,9 +87,10 @@ while line := sys.stdin.readline():
 
 
 class QuickStarts:
-    """Starts servers quickly. With private_mounts, what is mounted with run() exists for them alone."""
+    """Starts servers quickly. With private_mounts, what is mounted with run() exists for them alone; with recent, the
+    file of the journal's last records has so many bytes, so that it is often full."""
 
-    def __init__(self, tmp_path, env=None, private_mounts=False):
+    def __init__(self, tmp_path, env=None, private_mounts=False, recent=None):
         self.tmp_path = tmp_path
         clean = {
             name: value
@@ -97,8 +98,14 @@ class QuickStarts:
             if not name.startswith("JOBQUEUE_") and name not in ("PORT", "GRPC_PORT")
         }
         prefix = ["unshare", "-m"] if private_mounts else []
+        script = ROOT / "jobqueue.py"
+        if recent is not None:
+            usual, source = "    SIZE = 256 * KIB\n", script.read_text()
+            assert source.count(usual) == 1
+            script = tmp_path / "jobqueue.py"
+            script.write_text(source.replace(usual, f"    SIZE = {recent}\n"))
         self.parent = subprocess.Popen(
-            [*prefix, sys.executable, "-c", _PARENT, str(ROOT / "jobqueue.py")],
+            [*prefix, sys.executable, "-c", _PARENT, str(script)],
             env={**clean, **(env or {})},
             cwd=tmp_path,
             stdin=subprocess.PIPE,
@@ -288,7 +295,7 @@ CHANGES = (
 
 def our_files(data):
     """Return the paths of a data folder that a tracer should watch."""
-    names = ["", ".lock", "reserve", "journal.jsonl", "journal.jsonl.new"]
+    names = ["", ".lock", "reserve", "journal.jsonl", "journal.jsonl.new", "journal.jsonl.recent"]
     names += [f"journal.jsonl.torn-{number}" for number in range(4)]
     return [str(data / name).rstrip("/") for name in names]
 

@@ -6,6 +6,7 @@ on the disk is gone, the file system's own journal included. What stays is what 
 
 import contextlib
 import random
+import re
 import threading
 import time
 
@@ -87,23 +88,26 @@ class Rig:
         return check(self.load.history, self.server.port, drained=False, leases_survive=False)["accepted"]
 
 
-def test_a_power_cut_loses_nothing_acknowledged(tmp_path, seed):
-    rng, checked = random.Random(seed), 0
-    with QuickStarts(tmp_path, private_mounts=True) as starts:
+@pytest.mark.parametrize("recent", [None, 4096], ids=["usual", "often full"])
+def test_a_power_cut_loses_nothing_acknowledged(tmp_path, seed, recent):
+    rng, checked, restored = random.Random(seed), 0, 0
+    with QuickStarts(tmp_path, private_mounts=True, recent=recent) as starts:
         rig = Rig(starts, tmp_path, seed, "--compact-bytes", "100000")
         rig.start()
-        for number in range(CUTS):
+        for number in range(CUTS if recent is None else CUTS // 2):
             rig.cut_power_under_load(rng)
             if rng.random() < 0.2:  # once more, while it repairs what the first one left
                 rig.start(ready=False)
                 time.sleep(rng.uniform(0, 0.1))
                 rig.cut_power()
             rig.start()
+            restored += int(re.search(r"unclean_stop .* recent=(\d+)", rig.server.log())[1])
             checked += rig.check()
             if number % CUTS_A_HISTORY == CUTS_A_HISTORY - 1:
                 rig.load.history.calls = [clear(rig.load.history, rig.server.port)]
-    print(f"{CUTS} cuts, {checked} times an acknowledged job was looked for")
-    assert checked > CUTS
+    print(f"{number + 1} cuts, {checked} times an acknowledged job was looked for")
+    print(f"{restored} records were in the recent file alone")
+    assert checked > number and restored > number
 
 
 def test_a_power_cut_in_a_compaction_loses_nothing_acknowledged(tmp_path, seed):

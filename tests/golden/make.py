@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the golden journal of a format, through a real run: every kind of record, and a job in every state.
 
-    python tests/golden/make.py tests/golden/journal-1
+    python tests/golden/make.py tests/golden/journal-2
 
 crashed.jsonl is the journal of a first run, as a crash would have left it. journal.jsonl is what became of it: it was
 compacted, did crash, and a second run came to a clean stop. A journal that was released is never made again: each later

@@ -1,0 +1,354 @@
+"""The journal's last records once more: what a sync writes, and what a start finds there after a power cut.
+
+Here a power cut is what remains of the files: what was synced, and of the rest what chance has left. With a real file
+system and its power, test_faults_power.py has it.
+"""
+
+import errno
+import logging
+import os
+import random
+from pathlib import Path
+
+import pytest
+from local_engine import crash_copy, journal_of, open_engine, records_of, wait_for_compaction
+
+import jobqueue
+from engine_contract import Queue
+from support import LONG
+
+CUTS = 4_000 if LONG else 120
+SECTOR, PAGE = 512, 4096
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="a sync writes everything here")
+
+
+class Platter:
+    """What is on the disk for sure: each file as it was when it was synced last."""
+
+    def __init__(self, monkeypatch):
+        self.synced = {}
+        for module, name in ((jobqueue, "_sync_data"), (os, "fsync")):
+            monkeypatch.setattr(module, name, self._watch(getattr(module, name)))
+
+    def _watch(self, real):
+        def sync(fd):
+            content = Path(f"/proc/self/fd/{fd}").read_bytes() if os.path.isfile(f"/proc/self/fd/{fd}") else b""
+            real(fd)
+            self.synced[os.fstat(fd).st_ino] = content
+
+        return sync
+
+    def after_a_cut(self, folder, target, rng):
+        """Copy a folder as a power cut may leave it: of what was not synced, some sectors and pages are there."""
+        target.mkdir()
+        for path in folder.iterdir():
+            now, safe = path.read_bytes(), self.synced.get(path.stat().st_ino, b"")
+            if path.name == "journal.jsonl":
+                left = self._grown(now, safe, rng)
+            elif path.name == "journal.jsonl.recent":
+                left = self._written_over(now, safe, rng)
+            else:
+                continue
+            (target / path.name).write_bytes(left)
+        return target
+
+    @staticmethod
+    def _grown(now, safe, rng):
+        """The file's size may be anything in between, and pages that were not written are zeros."""
+        left = bytearray(now[: rng.choice((len(safe), rng.randint(len(safe), len(now)), len(now)))])
+        for start in range(0, len(left), PAGE):
+            hole = slice(max(start, len(safe)), min(start + PAGE, len(left)))
+            if hole.start < hole.stop and rng.random() < 0.3:
+                left[hole] = bytes(hole.stop - hole.start)
+        return bytes(left)
+
+    @staticmethod
+    def _written_over(now, safe, rng):
+        assert len(now) == len(safe) == jobqueue._Recent.SIZE
+        odds = rng.choice((0, 0.5, 1))
+        return b"".join(
+            (now if rng.random() < odds else safe)[start : start + SECTOR] for start in range(0, len(now), SECTOR)
+        )
+
+
+def name_of(fd):
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def watched_syncs(monkeypatch):
+    """The files that are synced from now on."""
+    real, synced = jobqueue._sync_data, []
+    monkeypatch.setattr(jobqueue, "_sync_data", lambda fd: (real(fd), synced.append(name_of(fd))))
+    return synced
+
+
+def some_work(queue, rng, told):
+    """Do some things, and note what was acknowledged."""
+    for _ in range(rng.randint(1, 30)):
+        act = rng.random()
+        if act < 0.5:
+            told[queue.submit("1" * rng.randint(1, 300)).id] = None
+        elif act < 0.6:
+            told.update(dict.fromkeys(queue.submit_many(rng.randint(1, 12))))
+        elif jobs := queue.wait_for(wait=0).result(10):
+            result = str(rng.randint(0, 10 ** rng.randint(1, 300)))
+            queue.complete(jobs[0], result)
+            told[jobs[0].id] = result.encode()
+
+
+def is_there(engine, job_id, result):
+    job = engine.view(job_id, 0).result(10)
+    return job.state == "completed" and job.result == result if result else job.state != "completed"
+
+
+@pytest.mark.timeout(3600 if LONG else 120)
+@pytest.mark.parametrize("compact_bytes", [1 << 30, 5_000], ids=["growing", "compacted"])
+def test_whatever_a_power_cut_leaves_of_the_two_files_nothing_acknowledged_is_lost(
+    tmp_path, clock, monkeypatch, seed, caplog, compact_bytes
+):
+    rng, platter, restored, laps = random.Random(seed), Platter(monkeypatch), 0, 0
+    restart = jobqueue._Recent.restart
+
+    def counted(recent):
+        nonlocal laps
+        laps += 1
+        restart(recent)
+
+    monkeypatch.setattr(jobqueue._Recent, "SIZE", 8 * SECTOR)
+    monkeypatch.setattr(jobqueue._Recent, "restart", counted)
+    folder, told = tmp_path / "0", {}
+    for number in range(1, CUTS // 2 + 1):
+        engine = open_engine(folder, clock, compact_bytes=compact_bytes, keep_jobs=1_000_000)
+        queue = Queue(engine, clock, again=None)
+        assert [job for job, result in told.items() if not is_there(engine, job, result)] == []
+        some_work(queue, rng, told)
+        wait_for_compaction()
+        left = platter.after_a_cut(folder, tmp_path / str(number), rng)
+        engine.close()
+        reader = jobqueue.JournalReader(str(left / "journal.jsonl"))
+        list(reader)
+        restored += len(reader.lacking)
+        folder = left
+        if number % 25 == 0:  # anew, or the journal holds thousands of jobs
+            folder, told = tmp_path / f"{number}+", {}
+    print(f"{CUTS // 2} cuts, {restored} records were in the recent file alone, {laps} times it was full")
+    assert restored > CUTS and laps > CUTS // 4
+
+
+def test_an_answer_waits_for_the_recent_file_and_the_journal_is_synced_when_that_is_full(
+    tmp_path, clock, monkeypatch
+):
+    monkeypatch.setattr(jobqueue._Recent, "SIZE", 2_000)
+    engine = open_engine(tmp_path / "data", clock)
+    queue, recent, synced = Queue(engine, clock, again=None), 0, watched_syncs(monkeypatch)
+    for _ in range(30):
+        queue.submit("1" * 150)
+        if synced[-1].endswith(".recent"):
+            recent += 1
+            lines = [line for line in Path(synced[-1]).read_bytes().split(b"\n") if line]
+            assert journal_of(engine).read_bytes().splitlines()[-1] in lines
+    assert len(synced) == 30 and 15 < recent < 30
+    journal = journal_of(engine).read_bytes()
+    assert len(journal) > 3 * 2_000
+    engine.close()
+
+
+@pytest.mark.parametrize("fsync", ["interval", "never"])
+def test_where_nobody_waits_for_syncs_there_is_no_recent_file(tmp_path, clock, fsync):
+    folder = tmp_path / "data"
+    engine = open_engine(folder, clock)
+    crashed = crash_copy(engine, tmp_path / "crashed")
+    assert (crashed / "journal.jsonl.recent").exists()
+    engine.close()
+    engine = open_engine(crashed, clock, fsync=fsync)
+    assert not (crashed / "journal.jsonl.recent").exists()
+    engine.close()
+
+
+def test_a_clean_stop_leaves_the_journal_alone(tmp_path, clock):
+    engine = open_engine(tmp_path / "data", clock)
+    Queue(engine, clock, again=None).submit()
+    engine.close()
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {".lock", "journal.jsonl", "reserve"}
+
+
+def lacking(tmp_path, clock, jobs=6):
+    """A folder after a power cut: the journal ends after two of the jobs, the rest is in the recent file alone."""
+    engine = open_engine(tmp_path / "data", clock)
+    queue = Queue(engine, clock, again=None)
+    ids = [queue.submit(number).id for number in range(jobs)]
+    folder = crash_copy(engine, tmp_path / "cut")
+    engine.close()
+    journal = folder / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[: len(lines) - jobs + 2]))
+    return folder, ids
+
+
+def test_what_the_journal_lacks_is_taken_from_the_recent_file_and_told_in_one_line(tmp_path, clock, caplog):
+    folder, ids = lacking(tmp_path, clock)
+    caplog.clear()
+    engine = open_engine(folder, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "unclean_stop" in line and "recent=4" in line
+    engine.close()
+    numbers = [record["seq"] for record in records_of((folder / "journal.jsonl").read_bytes())]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_a_crash_while_that_is_done_harms_nothing(tmp_path, clock, monkeypatch):
+    folder, ids = lacking(tmp_path, clock)
+    monkeypatch.setattr(jobqueue._Recent, "open", lambda recent: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_engine(folder, clock)
+    monkeypatch.undo()
+    again = tmp_path / "again"
+    again.mkdir()
+    for path in folder.iterdir():
+        (again / path.name).write_bytes(path.read_bytes())
+    with open(again / "journal.jsonl", "r+b") as journal:  # of what was being written, this much got there
+        journal.truncate(journal.seek(0, 2) - 700)
+    engine = open_engine(again, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
+    engine.close()
+
+
+@pytest.mark.parametrize("room", ["none", "the reserve's"])
+def test_on_a_full_disk_the_reserve_makes_room_for_what_the_journal_lacks(tmp_path, clock, monkeypatch, room):
+    folder, ids = lacking(tmp_path, clock)
+    write_all, reserve = jobqueue._write_all, folder / "reserve"
+
+    def full(fd, data):
+        appends = os.lseek(fd, 0, os.SEEK_CUR) >= os.fstat(fd).st_size and name_of(fd).endswith(".jsonl")
+        if appends and data and (room == "none" or reserve.stat().st_size):
+            os.write(fd, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(fd, data)
+
+    monkeypatch.setattr(jobqueue, "_write_all", full)
+    if room == "none":
+        with pytest.raises(jobqueue.DiskError):
+            open_engine(folder, clock)
+        monkeypatch.undo()
+    engine = open_engine(folder, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
+    engine.close()
+
+
+def test_a_copy_of_the_journal_with_a_later_recent_file_is_whole_up_to_its_own_end(tmp_path, clock, monkeypatch):
+    """As `cp -r` makes it while the server runs."""
+    monkeypatch.setattr(jobqueue._Recent, "SIZE", 2_000)
+    engine = open_engine(tmp_path / "data", clock)
+    queue = Queue(engine, clock, again=None)
+    first = [queue.submit().id for _ in range(5)]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "journal.jsonl").write_bytes(journal_of(engine).read_bytes())
+    for _ in range(50):
+        queue.submit()
+    (copy / "journal.jsonl.recent").write_bytes((tmp_path / "data" / "journal.jsonl.recent").read_bytes())
+    engine.close()
+    engine = open_engine(copy, clock)
+    assert [job.id for job in reversed(engine.jobs(None, None, 100, None)[0])] == first
+    engine.close()
+
+
+def test_of_a_recent_file_whose_journal_was_removed_nothing_comes_back(tmp_path, clock, monkeypatch):
+    folder, _ = lacking(tmp_path, clock)
+    (folder / "journal.jsonl").unlink()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(jobqueue._Recent, "open", lambda recent: 1 / 0)  # it crashes before the file is written over
+        open_engine(folder, clock)
+    engine = open_engine(folder, clock)
+    assert engine.jobs(None, None, 100, None)[0] == []
+    engine.close()
+
+
+def test_what_is_written_while_a_sync_runs_is_in_the_next(tmp_path, clock, monkeypatch):
+    platter = Platter(monkeypatch)
+    engine = open_engine(tmp_path / "data", clock)
+    queue, sync, told = Queue(engine, clock, again=None), jobqueue._sync_data, []
+
+    def busy(fd):
+        sync(fd)
+        if not told:
+            told.append(queue.hold(None, 0))
+
+    monkeypatch.setattr(jobqueue, "_sync_data", busy)
+    ids = [queue.submit().id, *(future.result(10)[0].id for future in told)]
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for path in (tmp_path / "data").iterdir():
+        (cut / path.name).write_bytes(platter.synced.get(path.stat().st_ino, b""))
+    engine.close()
+    engine = open_engine(cut, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 2
+    engine.close()
+
+
+@pytest.mark.parametrize("damage", ["a byte of a record that the journal lacks", "the whole file is gone"])
+def test_where_a_record_that_was_synced_is_in_neither_file_the_start_is_refused(tmp_path, clock, damage):
+    folder, _ = lacking(tmp_path, clock)
+    recent, journal = folder / "journal.jsonl.recent", folder / "journal.jsonl"
+    lines = recent.read_bytes().splitlines(keepends=True)
+    if damage.startswith("a byte"):
+        records = [number for number, line in enumerate(lines) if len(line) > 1]
+        lines[records[-3]] = lines[records[-3]].replace(b'"op"', b'"oq"')
+        recent.write_bytes(b"".join(lines))
+    else:  # the journal itself tells what was synced
+        later = [line for line in lines if len(line) > 1][-1]
+        journal.write_bytes(journal.read_bytes() + later)
+        recent.unlink()
+    before = journal.read_bytes()
+    with pytest.raises(jobqueue.DataError, match="had been synced"):
+        open_engine(folder, clock)
+    assert journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("call", ["open", "pwrite"])
+def test_without_room_for_the_recent_file_the_journal_itself_is_synced(tmp_path, clock, monkeypatch, call):
+    real = getattr(os, call)
+
+    def refused(path, *arguments):
+        if call == "pwrite" or str(path).endswith(".recent"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, call, refused)
+    engine = open_engine(tmp_path / "data", clock)
+    queue, synced = Queue(engine, clock, again=None), watched_syncs(monkeypatch)
+    for _ in range(3):
+        queue.submit()
+    assert synced == [str(journal_of(engine))] * 3
+    engine.close()
+
+
+def test_a_journal_that_an_older_version_may_read_has_no_recent_file_until_it_is_written_anew(tmp_path, clock):
+    """The older one would not look there."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    header = jobqueue.journal_line(0, 1, '{"op":"journal","version":1,"writer":"jobqueue 0.9"}')
+    meta = jobqueue.journal_line(1, 1, '{"op":"meta","last_number":0,"all_paused":false,"paused":[]}')
+    (folder / "journal.jsonl").write_bytes(header + meta)
+    engine = open_engine(folder, clock, compact_bytes=3_000, keep_jobs=1)
+    queue, recent = Queue(engine, clock, again=None), folder / "journal.jsonl.recent"
+    assert queue.submit() and not recent.exists()
+    while records_of(journal_of(engine).read_bytes())[0]["version"] == 1:
+        queue.complete(queue.take())
+        queue.submit()
+        wait_for_compaction()
+    assert recent.exists()
+    engine.close()
+
+
+def test_check_counts_what_is_in_the_recent_file_alone(tmp_path, clock, capsys):
+    folder, _ = lacking(tmp_path, clock)
+    assert jobqueue.main(["check", str(folder)]) == 0
+    assert "6 pending" in capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def _warnings(caplog):
+    caplog.set_level(logging.WARNING, "jobqueue")
