@@ -111,6 +111,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 try:
@@ -245,7 +246,9 @@ SETTINGS = (
     Setting("max_bytes", COUNT, 1024 * MIB, "bytes of all unfinished jobs"),
     Setting("header_timeout", SECONDS, 10, "seconds within which a request's headers must be there"),
     Setting("body_timeout", SECONDS, 10, "seconds for a body, and one more for each 16 KiB of it"),
-    Setting("idle_timeout", SECONDS, 120, "seconds a connection may lie idle between two requests"),
+    Setting(
+        "idle_timeout", _number(float, 1, 10 * 365 * DAY), 120, "seconds a connection may lie idle between two requests"
+    ),
     Setting("keep_completed", SECONDS, 3600, "seconds a completed, cancelled or expired job is kept"),
     Setting("keep_failed", SECONDS, 7 * DAY, "seconds a failed job is kept"),
     Setting("keep_jobs", _number(int, 0, 1 << 40), 10_000, "finished jobs that are kept"),
@@ -1003,13 +1006,15 @@ class Histogram:
 # VERSION, and adds to tests a journal as the older version wrote it.
 
 if hasattr(os, "fdatasync"):
-    _sync_data = os.fdatasync
+    _sync_data, _sync_file = os.fdatasync, os.fsync
 elif hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync there does not reach the medium
 
     def _sync_data(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+
+    _sync_file = _sync_data
 else:
-    _sync_data = os.fsync
+    _sync_data = _sync_file = os.fsync
 
 
 RECENT = ".recent"  # behind the journal's name
@@ -1069,8 +1074,10 @@ def _lock_file(path: str) -> int:
             import msvcrt
 
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-    except OSError:
+    except OSError as error:
         os.close(fd)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):  # a file system without locks
+            raise
         raise DataError(
             f"{os.path.dirname(path)} is in use by another jobqueue; give each its own --data-dir"
         ) from None
@@ -1289,7 +1296,7 @@ class Journal:
                 while chunk := source.read(MIB):
                     copy.write(chunk)
                 copy.flush()
-                os.fsync(copy.fileno())
+                _sync_file(copy.fileno())
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
@@ -1352,7 +1359,7 @@ class Journal:
                 at += len(chunk)
             os.lseek(fd, at, os.SEEK_SET)
             _write_all(fd, b"".join(reader.lacking))
-            os.fsync(fd)
+            _sync_file(fd)
         finally:
             os.close(fd)
         _sync_folder(self.folder)  # a compaction may have been cut short between its rename and this
@@ -1555,7 +1562,7 @@ class Journal:
             if not (self._waiting or self._closing or self._switch):
                 unmarked = self._sleep()
             closing = self._closing
-        # Nobody waits: the watermark is written when nothing was for a while, with `interval` in any case.
+        # Nobody waits: it is synced, and the watermark written, when nothing was for a while; with `interval`, synced.
         due = unmarked and (unmarked == self.seq or not self.durable)
         with self._committing:
             if self._waiting or due:
@@ -1741,7 +1748,7 @@ class _NewFile:
                 self._offset += len(chunk)
 
     def sync(self) -> None:
-        os.fsync(self.file)
+        _sync_file(self.file)
 
     def discard(self) -> None:
         os.close(self.file)
@@ -1766,7 +1773,7 @@ class _Recent:
         try:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
             _write_all(self._file, b"\n" * self.SIZE)
-            os.fsync(self._file)
+            _sync_file(self._file)
             _sync_folder(os.path.dirname(self._path))
         except OSError:
             self.close()
@@ -2868,9 +2875,8 @@ class LocalEngine(Engine):
             lane.priorities = sorted(lane.heaps, reverse=True)
         heapq.heappush(heap, (job.number, job.id))
         if len(heap) > 2 * lane.counts["pending"] + 1000:
-            # Jobs that were cancelled or expired in line stay in the heap until they are half of it.
-            heap[:] = [entry for entry in heap if self._is_pending(entry[1])]
-            heapq.heapify(heap)
+            # Jobs that left the line by another way stay in the heap (twice, if they came back) until they are half.
+            heap[:] = sorted({entry for entry in heap if self._is_pending(entry[1])})
 
     def _is_pending(self, job_id: str) -> bool:
         job = self._jobs.get(job_id)
@@ -3486,7 +3492,6 @@ class JobService:
 
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
         """Future of an Outcome; of a long error the end is kept, where a traceback says what happened."""
-        self.check_size(error.encode())
         return self.engine.fail(job_id, token, error[-MAX_ERROR:], retry is not False, delay)
 
     def requeue_all(self, state: str, queue: str | None) -> tuple[int, str | None]:
@@ -3607,7 +3612,8 @@ def error_response(error: JobQueueError, headers: tuple[tuple[str, str], ...] = 
     if error.allow:
         headers += (("Allow", error.allow),)
     close = error.code == "too_many_clients"
-    return Response(error.status, json_text(problem).encode(), "application/problem+json", headers, close)
+    body = json_text(problem).encode(errors="backslashreplace")  # half a surrogate pair, as the caller sent it
+    return Response(error.status, body, "application/problem+json", headers, close)
 
 
 def payload_members(name: str, kind: str, data: bytes) -> str:
@@ -5875,16 +5881,25 @@ class Connection:
 
     def _go_on(self) -> None:
         if self._buffer and not self._advancing:  # what was sent on without waiting for the answer
+            self._server.soon(self._catch_up)
+
+    def _catch_up(self) -> None:
+        try:
             self._advance()
             if not self._out and (self.state == _READING or (self.state == _HELD and len(self._buffer) <= 65536)):
                 self._listen(self._events | _READ)  # _read stopped where the buffer was full
+        except Exception as error:
+            self._failed(error)
 
-    @staticmethod
-    def _lose(later: Later, value: Any) -> None:
+    def _lose(self, later: Later, value: Any) -> None:
         """The answer did not reach whom it was for."""
         if later.lost and not isinstance(value, BaseException):
-            with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
-                later.lost(value)
+            self._server.soon(functools.partial(self._tell_lost, later.lost, value))
+
+    @staticmethod
+    def _tell_lost(lost: Callable[[Any], None], value: Any) -> None:
+        with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
+            lost(value)
 
     def _peer_left(self) -> bool:
         """Has the other side hung up, unseen so far? A job must not go to a worker that is gone."""
@@ -6176,7 +6191,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         while not (self.stopping and not self.connections):
             # The clock of a test may run ahead of the selector's: look at the deadlines once a second at least.
             patience = None if self._due == math.inf else min(1.0, max(0.0, self._due - self.now))
-            events = self.selector.select(0) if uncommitted else self._wait(patience)
+            events = self.selector.select(0) if uncommitted or self._posted else self._wait(patience)
             self._look_at_the_clock()
             self._together = len(events) > 1
             try:
@@ -6271,6 +6286,11 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             self._awake = True
             with contextlib.suppress(OSError):
                 self._wake_out.send(b"x")
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """The serving thread calls this at the end of its turn. It may answer another connection, which goes on with
+        what answers a third: called at once, hundreds of them would stand on one stack."""
+        self._posted.append(call)
 
     def _woken(self, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -6548,17 +6568,21 @@ def _import_grpc() -> tuple[Any, Any, Any]:
     return grpc, worker_pb2, worker_pb2_grpc
 
 
-class _Pool(concurrent_futures.ThreadPoolExecutor):
+class _Pool:
     """Threads of which two run at a time, since more would only pass the interpreter lock around. One that is about to
     wait says so, and another runs instead. Those that are stuck with a caller that does not send what it announced
-    (grpcio receives in these threads) cannot say so: when nothing has moved for a while, one more may run."""
+    (grpcio receives in these threads) cannot say so: when nothing has moved for a while, one more may run.
+
+    For grpcio a ThreadPoolExecutor; but Python waits for those threads when a program ends, be it for a long poll.
+    """
 
     RUNNING, STUCK = 2, 0.02  # threads; seconds
 
     def __init__(self, threads: int, clock: Clock) -> None:
-        super().__init__(threads, "jobqueue-grpc")
         self._clock, self._most = clock, threads
         self._calls: collections.deque[tuple[Future, Callable]] = collections.deque()
+        self._starts: SimpleQueue[bool] = SimpleQueue()  # for a thread to run; False: to end
+        self._threads, self._spare = 0, 0  # spare: those that wait for a start, less the starts that wait for a thread
         self._running, self._limit, self._taken, self._ended = 0, self.RUNNING, 0, False
         self._lock = threading.Lock()
         self._turns = threading.Condition(self._lock)
@@ -6573,12 +6597,34 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
 
     def _start_another(self) -> None:
         with self._lock:
-            start = self._running < self._limit and bool(self._calls)
-            self._running += start
-            if not start:
+            if self._running >= self._limit or not self._calls:
                 self._have_watched()
-        if start:
-            super().submit(self._run)
+                return
+            self._running += 1
+            self._spare -= 1
+            add = self._spare < 0 and self._threads < self._most
+            self._threads += add
+            self._spare += add
+        self._starts.put(True)
+        if add:
+            try:
+                threading.Thread(target=self._work, name="jobqueue-grpc", daemon=True).start()
+            except RuntimeError:  # none is to be had now: the overseer asks again
+                self._do_without()
+
+    def _do_without(self) -> None:
+        with self._lock:
+            self._threads -= 1
+            self._spare -= 1
+            with contextlib.suppress(Empty):  # another has taken its start
+                self._starts.get_nowait()
+                self._running -= 1
+                self._spare += 1
+            self._have_watched()
+
+    def _work(self) -> None:
+        while self._starts.get():
+            self._run()
 
     def _run(self) -> None:
         began = math.inf
@@ -6589,6 +6635,7 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
                     self._limit = max(self.RUNNING, self._limit - 1)
                 if self._running > self._limit or not self._calls:
                     self._running -= 1
+                    self._spare += 1
                     self._have_watched()
                     return
                 future, call = self._calls.popleft()
@@ -6620,11 +6667,13 @@ class _Pool(concurrent_futures.ThreadPoolExecutor):
             if stuck:
                 self._start_another()
 
-    def shutdown(self, *args: Any, **named: Any) -> None:
+    def shutdown(self, wait: bool = True) -> None:
+        """The threads end, each when it has nothing to do; nobody waits for them."""
         with self._turns:
             self._ended = True
             self._turns.notify()
-        super().shutdown(*args, **named)
+            for _ in range(self._threads):
+                self._starts.put(False)
 
     def result(self, future: Future) -> Any:
         """What comes of a future for which the calling thread, one of the pool's, may have to wait."""
@@ -6705,6 +6754,7 @@ class WorkerServicer:
         """POST /api/worker/fail/<id>"""
         retry = request.retry if request.HasField("retry") else None
         delay = checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
+        self._service.check_size(request.error.encode(), job_id=request.job_id)
         future = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay)
         outcome = self._pool.result(future)
         retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
@@ -6836,7 +6886,7 @@ class GrpcServer:
         self._counting = threading.Lock()
         self._pool = _Pool(settings.grpc_threads, clock)
         servicer = WorkerServicer(service, settings, messages, self._pool)
-        limit = settings.max_batch + 64 * KIB
+        limit = max(settings.max_batch, settings.max_payload) + 64 * KIB
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limit),
@@ -7180,7 +7230,10 @@ class Server:
                 return
             if self._grpc:
                 self._grpc.drain()
-            self._apart(self.engine.drain).add_done_callback(lambda _: self._drained.set())
+            try:
+                self._apart(self.engine.drain).add_done_callback(lambda _: self._drained.set())
+            except JobQueueError:  # closed by a stop that was interrupted: the rest is done now
+                self._drained.set()
             if not self.failed.is_set():
                 self._drained.wait(self.settings.drain if drain is None else drain)
             self._apart(self.engine.close)
@@ -7349,7 +7402,7 @@ class Client:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._context = self._tls(ca, certificate) if parts.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
-        self._hung_up = False
+        self._cut: int | None = None  # how it was shut from another thread, be it before it was there
 
     @staticmethod
     def _tls(ca: str | None, certificate: tuple[str, str | None] | None) -> ssl.SSLContext:
@@ -7419,14 +7472,13 @@ class Client:
         self._connection.timeout = timeout
         if self._connection.sock is None:
             self._connection.connect()
-            if self._hung_up:  # while it was being made
-                self.hang_up()
+            if self._cut is not None:  # while it was being made
+                self._shut(self._cut)
         self._connection.sock.settimeout(timeout)
         return self._connection
 
     def hang_up(self) -> None:
         """From another thread: say that nothing more will be asked; an answer on its way is still read."""
-        self._hung_up = True
         self._shut(socket.SHUT_WR)
 
     def abort(self) -> None:
@@ -7434,15 +7486,16 @@ class Client:
         self._shut(socket.SHUT_RDWR)
 
     def _shut(self, how: int) -> None:
+        self._cut = how
         sock = self._connection and self._connection.sock
         if sock:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, how)  # SSLSocket's own ends the session under whoever reads
 
     def reopen(self) -> None:
-        """After hang_up: the next call takes a new connection."""
+        """After hang_up or abort: the next call takes a new connection."""
         self.close()
-        self._hung_up = False
+        self._cut = None
 
     def close(self) -> None:
         if self._connection:
@@ -7477,6 +7530,7 @@ class Worker:
     def _work(self) -> None:
         pause = 0.1
         while not self._stopping.is_set():
+            asked = Clock.monotonic()
             try:
                 job = self._poll()
                 pause = 0.1
@@ -7488,6 +7542,8 @@ class Worker:
                 continue
             if job:
                 self._serve(job)
+            elif Clock.monotonic() - asked < 1:  # a server that stops hands nothing out, and does not wait
+                self._stopping.wait(1)
 
     def stop(self) -> None:
         """Take no more jobs; the one that runs is finished."""
@@ -7551,7 +7607,7 @@ class Worker:
         self._job = None
 
     def _release(self, job: PolledJob) -> None:
-        self._client.close()  # its connection was cut
+        self._client.reopen()  # its connection was cut
         with contextlib.suppress(Unreachable):  # the lease runs out, then
             self._client.call("POST", f"/api/worker/release/{job.id}", lease_token=job.token, timeout=5)
 
@@ -7723,25 +7779,30 @@ def _outputs(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:
     What it left running in the background may hold the pipes open: it has a second, then its process group is ended;
     of what has left the group, no more is waited for.
     """
-    given: bytes | None = payload  # only the first call takes it
+    # Of its own thread: once communicate has been interrupted by its timeout, it writes no more.
+    pipe, process.stdin = process.stdin, None
+    threading.Thread(target=_feed, args=(pipe, payload), daemon=True).start()
     chances = 2
     while True:
         ended = _ended(process)
         try:
-            return process.communicate(given, timeout=1)
+            return process.communicate(timeout=1)
         except subprocess.TimeoutExpired as so_far:
-            given = None
             if not ended:
                 continue
             _kill(process)
             chances -= 1
             if chances:
                 continue
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                with contextlib.suppress(OSError):  # of what was not written yet
-                    pipe.close()
+            for output in (process.stdout, process.stderr):
+                output.close()
             process.wait()
             return so_far.output or b"", so_far.stderr or b""
+
+
+def _feed(pipe: io.BufferedWriter, payload: bytes) -> None:
+    with contextlib.suppress(OSError), pipe:  # it need not read all
+        pipe.write(payload)
 
 
 def _ended(process: subprocess.Popen) -> bool:
@@ -7780,7 +7841,7 @@ def forward(url: str, job: PolledJob) -> Verdict:
     headers = {name: value.encode() for name, value in job.headers.items() if name.lower() not in _NOT_FORWARDED}
     headers |= {"Job-Id": job.id, "Job-Queue": job.queue, "Job-Attempt": str(job.attempt)}
     parts = urllib.parse.urlsplit(url)
-    slash = "/" if parts.path.endswith("/") else ""
+    slash = "/" if parts.path[-1:] in ("", "/") else ""
     try:
         status, answer, body = service.call(
             "POST", slash + (f"?{parts.query}" if parts.query else ""), job.payload, headers, timeout=None
@@ -7818,7 +7879,10 @@ def serve(arguments: argparse.Namespace) -> int:
     _tell_systemd("STOPPING=1")
     _stop(server, bell)
     bell.ignore()
-    return EXIT_DISK if server.failed.is_set() else EXIT_OK
+    code = EXIT_DISK if server.failed.is_set() else EXIT_OK
+    if not server.stopped.is_set():  # the third signal: Python itself would wait for each thread of gRPC's
+        os._exit(code)
+    return code
 
 
 def _run_until_told(server: Server, bell: _Bell) -> None:

@@ -868,7 +868,7 @@ def test_a_slow_compaction_does_not_put_the_next_one_off(make_queue, monkeypatch
         assert goes_on.wait(PATIENCE)
         fsync(fd)
 
-    monkeypatch.setattr(os, "fsync", slow)
+    monkeypatch.setattr(jobqueue, "_sync_file", slow)
     churn(queue, compacting)
     for _ in range(1_000):
         queue.bring_to("completed", queue="churn")

@@ -15,7 +15,7 @@ from local_engine import crash_copy, journal_of, open_engine, records_of, wait_f
 
 import jobqueue
 from engine_contract import Queue
-from support import LONG
+from support import LONG, wait_until
 
 CUTS = 4_000 if LONG else 120
 SECTOR, PAGE = 512, 4096
@@ -28,8 +28,8 @@ class Platter:
 
     def __init__(self, monkeypatch):
         self.synced = {}
-        for module, name in ((jobqueue, "_sync_data"), (os, "fsync")):
-            monkeypatch.setattr(module, name, self._watch(getattr(module, name)))
+        for name in ("_sync_data", "_sync_file"):
+            monkeypatch.setattr(jobqueue, name, self._watch(getattr(jobqueue, name)))
 
     def _watch(self, real):
         def sync(fd):
@@ -339,7 +339,7 @@ def test_a_journal_that_an_older_version_may_read_has_no_recent_file_until_it_is
         queue.complete(queue.take())
         queue.submit()
         wait_for_compaction()
-    assert recent.exists()
+    wait_until(recent.exists)
     engine.close()
 
 
