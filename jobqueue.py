@@ -2248,6 +2248,8 @@ class LocalEngine(Engine):
             elif job.state == "pending" and job.ttl is None:
                 lines[job.queue, job.priority].append(job)
             else:
+                if job.state == "processing":
+                    job = job.changed(extended=self._wall)  # its lease runs anew
                 self._weigh(job)
                 self._enter(job, self._wall)
         self._order.numbers.extend(job.number for job in jobs)
@@ -2334,8 +2336,8 @@ class LocalEngine(Engine):
     @_verb
     def cancel(self, job_id: str) -> Future:
         job = self._find(job_id)
-        if job.state == "cancelled":
-            raise JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id)
+        if job.state == "cancelled":  # which is told once it is on the disk
+            return self._promise(JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id), job.seq)
         job = self._change(job, "cancel", finished=self._wall)
         return self._promise(job, job.seq, job_id)
 
@@ -2422,8 +2424,8 @@ class LocalEngine(Engine):
             delay = retry_delay(failures) if delay is None else delay
             if delay:
                 changes |= {"delay": delay, "available": self._wall + microseconds(delay)}
-            job = self._change(job, "retry" if delay else "retry_now", **changes)
-            self._totals["retries_total"] += 1
+            job = self._unless_over(self._change(job, "retry" if delay else "retry_now", **changes))
+            self._totals["retries_total"] += job.state != "expired"
         else:
             job = self._change(job, "fail", **changes, finished=self._wall)
         self._count_worker(job.worker, "failed")
@@ -2684,6 +2686,15 @@ class LocalEngine(Engine):
         seq = self.journal.append(json_text({"op": verb, "id": job.id, **changes}), urgent=True)
         return self._move(job, job.changed(state=state, seq=seq, **changes))
 
+    def _unless_over(self, job: Job) -> Job:
+        """A job that comes back when its ttl is over expires at once, so that whoever gives it back is told so."""
+        if self._ttl_ends.get(job.id, math.inf) > self._now:
+            return job
+        try:
+            return self._change(job, "expire", finished=self._wall)
+        except JobQueueError:  # the disk did not take it: its timer is due
+            return job
+
     def _requeue(self, jobs: list[Job]) -> int:
         """Put them back in line with one write; the number of its last record."""
         fresh = [(job, state_after(job, "requeue"), self._afresh(job)) for job in jobs]
@@ -2926,9 +2937,9 @@ class LocalEngine(Engine):
         for queue in claim.queues:
             lane = self._lanes.get(queue)
             while len(chosen) < claim.max and (job := self._first(lane)) is not None:
-                if chosen:  # a batch: its answer has to be built and sent in one piece
-                    room -= job.size()
-                    if room < 0:
+                if claim.max > 1:  # a batch: its answer has to be built and sent in one piece
+                    room -= job.size() + (len(job.payload) // 3 if job.kind == "binary" else 0)  # as base64
+                    if room < 0 and chosen:
                         return chosen
                 heap = lane.heaps[job.priority]
                 while heap and heap[0][1] == job.id:  # twice, where it left the line by another way and came back
@@ -3401,7 +3412,7 @@ class Access:
 
     def _add(self, path: str, number: int, words: list[str]) -> None:
         scopes = set(words[0].split(","))
-        if len(words) < 2 or scopes - set(SCOPES):
+        if len(words) < 2 or scopes - set(SCOPES) or words[1][0] == ",":
             raise ValueError(f"{path}, line {number}: must be SCOPE[,SCOPE] TOKEN [NAME], scopes {', '.join(SCOPES)}")
         token = words[1].encode()
         if token in dict(self._tokens):
@@ -3462,8 +3473,8 @@ class JobService:
         """Future of the ids, in order."""
         if not 1 <= len(payloads) <= MAX_LINES:
             raise JobQueueError("invalid_request", f"a batch has 1 to {MAX_LINES} payloads, got {len(payloads)}")
-        for payload in payloads:
-            self.check_size(payload)
+        for number, payload in enumerate(payloads, 1):
+            self.check_size(payload, f"batch's payload {number}")
         return self.engine.submit_many(terms, [(payload, kind_of(payload)) for payload in payloads])
 
     def complete(
@@ -3870,7 +3881,7 @@ class HttpApi:
     def _failed(outcome: Outcome) -> Response:
         job = outcome.job
         answer = {
-            "message": "Job failed" if job.state == "failed" else "Job will be tried again",
+            "message": f"Job {job.state}" if job.state in FINAL else "Job will be tried again",
             "job_id": job.id,
             "status": job.state,
         }
@@ -3903,10 +3914,12 @@ class HttpApi:
         return json_response(self._service.stats())
 
     def clear(self, request: Request) -> Later:
-        return Later(
-            self._engine.clear(),
-            lambda count: json_response({"message": "Queue cleared successfully", "cleared": count}),
-        )
+        return Later(self._engine.clear(), functools.partial(self._cleared, request.asked.peer))
+
+    @staticmethod
+    def _cleared(peer: str, count: int) -> Response:
+        log.warning("cleared jobs=%d peer=%s", count, peer)
+        return json_response({"message": "Queue cleared successfully", "cleared": count})
 
     def peek(self, request: Request) -> Response:
         job = self._engine.peek(request.parameters.get("queue", ("default",)))
@@ -3919,9 +3932,16 @@ class HttpApi:
         return self._set_paused(request, False)
 
     def _set_paused(self, request: Request, paused: bool) -> Later:
-        message = "Paused" if paused else "Resumed"
-        done = self._engine.pause(request.parameters.get("queue"), paused)
-        return Later(done, lambda names: json_response({"message": message, "paused": names}))
+        queue = request.parameters.get("queue")
+        done = self._engine.pause(queue, paused)
+        return Later(
+            done, functools.partial(self._paused, request.asked.peer, queue, "Paused" if paused else "Resumed")
+        )
+
+    @staticmethod
+    def _paused(peer: str, queue: str | None, message: str, names: Any) -> Response:
+        log.info("%s queue=%s peer=%s", message.lower(), queue or "(all)", peer)
+        return json_response({"message": message, "paused": names})
 
     def requeue(self, request: Request) -> Later:
         done = self._engine.requeue(request.job_id)
@@ -3930,6 +3950,7 @@ class HttpApi:
     def requeue_all(self, request: Request) -> Response:
         get = request.parameters.get
         count, stopped = self._service.requeue_all(get("status", "failed"), get("queue"))
+        log.info("requeued jobs=%d status=%s peer=%s", count, get("status", "failed"), request.asked.peer)
         if stopped:
             return json_response({"message": "Not all jobs requeued", "requeued": count, "stopped": stopped})
         return json_response({"message": "Jobs requeued", "requeued": count})
@@ -4314,6 +4335,12 @@ _ANSWERS = {
     "poll": {"200": "A job, or a list of jobs with `max`", "204": "No job"},
     "peek": {"200": "The job", "204": "No job"},
 }
+_HEADERS = {  # of requests, beside the query
+    "submit": {
+        "Idempotency-Key": ("1 to 255 characters: the same key attaches to the same job", {"type": "string"}),
+        "Prefer": ("respond-async, or wait=S (RFC 7240)", {"type": "string"}),
+    },
+}
 _OTHER_TYPES = {"metrics": "text/plain", "dashboard": "text/html", "result": "*/*"}
 _BODY_CONTENT = {
     "submit_many": {"application/x-ndjson": {}},
@@ -4345,8 +4372,14 @@ def _operation(route: Route) -> dict[str, Any]:
         "operationId": route.handler,
         "summary": route.summary,
         "parameters": [
-            {"name": name, "in": "query", "description": text, "schema": parse.schema}
-            for name, (parse, text) in route.parameters.items()
+            *(
+                {"name": name, "in": "query", "description": text, "schema": parse.schema}
+                for name, (parse, text) in route.parameters.items()
+            ),
+            *(
+                {"name": name, "in": "header", "description": text, "schema": schema}
+                for name, (text, schema) in _HEADERS.get(route.handler, {}).items()
+            ),
         ],
         "responses": {
             **{
@@ -7371,11 +7404,12 @@ EXIT_UNREACHABLE, EXIT_DISK, EXIT_NOT_YET = 69, 74, 75  # EX_UNAVAILABLE, EX_IOE
 
 
 class Refused(Exception):
-    """What was asked for is not done: the exit code and why; `status` where a server said no."""
+    """What was asked for is not done: the exit code and why; where a server said no, the status and body of its
+    answer."""
 
-    def __init__(self, code: int, detail: str, status: int = 0) -> None:
+    def __init__(self, code: int, detail: str, status: int = 0, answer: bytes = b"") -> None:
         super().__init__(detail)
-        self.code, self.status = code, status
+        self.code, self.status, self.answer = code, status, answer
 
 
 class Unreachable(Exception):
@@ -7457,7 +7491,10 @@ class Client:
             problem = json.loads(body)
             hint = " (--token or JOBQUEUE_TOKEN)" if status == 401 else ""
             if problem["code"]:  # others' errors may have a detail, too
-                return Refused(EXIT_NOT_YET if status == 503 else EXIT_NO, problem["detail"] + hint, status)
+                job_id = problem.get("job_id", "")
+                job = f" (job {job_id})" if job_id not in problem["detail"] else ""
+                code = EXIT_NOT_YET if status == 503 else EXIT_NO
+                return Refused(code, problem["detail"] + job + hint, status, body)
         return self._strange(status)
 
     def _strange(self, status: int) -> Unreachable:
@@ -8654,6 +8691,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     sys.modules.setdefault("jobqueue", sys.modules[__name__])  # whoever imports jobqueue gets this very module
     codes = {ValueError: EXIT_USAGE, DataError: EXIT_DATA, DiskError: EXIT_DISK, OSError: EXIT_USAGE}
+    arguments = None
     try:
         command, arguments = _parse(sys.argv[1:] if argv is None else argv)
         return command.run(arguments)
@@ -8665,6 +8703,9 @@ def main(argv: list[str] | None = None) -> int:
         code, reason = EXIT_NO, error
     except (Refused, Unreachable) as error:
         code, reason = error.code, error
+        if isinstance(error, Refused) and error.answer and getattr(arguments, "json", False):
+            with contextlib.suppress(Unwritten):
+                _write(error.answer + b"\n")
     except tuple(codes) as error:
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
         reason = error.strerror if isinstance(error, OSError) and error.filename is None and error.strerror else error

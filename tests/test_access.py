@@ -131,7 +131,7 @@ def test_a_token_file_that_others_may_read_is_refused(mode, tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "\n\n", "# admin secret\n", "admin\n", "root secret\n", "admin secret\nclient,rot other\n", "secret admin\n",
-     ",admin secret\n", b"admin \xff\n", "admin secret ops\nclient secret bob\n"],
+     ",admin secret\n", "client , worker secret\n", b"admin \xff\n", "admin secret ops\nclient secret bob\n"],
     ids=repr,
 )
 def test_a_token_file_without_a_token_or_with_a_bad_line_is_refused_and_the_secret_not_told(text, tmp_path):

@@ -1427,3 +1427,22 @@ def test_a_command_sends_its_token_and_a_worker_that_is_refused_ends_with_1(proc
     done = spawn(server.url, "work", "--concurrency", "3", "--", "cat")
     assert done.returncode == NO
     assert b"Traceback" not in done.stderr and b"Authorization" in done.stderr
+
+
+@pytest.mark.parametrize("end", ["failed", "cancelled"])
+def test_submit_tells_which_job_came_to_nothing_and_with_json_the_servers_answer(server, client, queue, end):
+    worker = WorkerOverHttp(server)
+    for flags in ([], ["--json"]):
+        submitting = later(spawn, server.url, "submit", "1", "--queue", queue, *flags)
+        job = worker.poll(queue=queue, wait=20)
+        if end == "failed":
+            worker.fail(job, "it broke", retry=False)
+        else:
+            client.cancel(job.id)
+        done = submitting.result(20)
+        assert done.returncode == NO and f"(job {job.id})" in done.stderr.decode()
+        if flags:
+            answer = json.loads(done.stdout)
+            assert (answer["code"], answer["job_id"]) == (f"job_{end}", job.id)
+        else:
+            assert done.stdout == b""

@@ -365,6 +365,8 @@ def test_a_batch_may_be_larger_than_a_payload_but_not_than_its_own_limit(tmp_pat
         assert len(ok(submit_lines(client, b'"' + b"x" * 90 + b'"\n' + b"1\n" * 400), 202)["job_ids"]) == 401
         problem = check_problem(submit_lines(client, b"1\n" * 501))
         assert (problem["status"], problem["code"]) == (413, "payload_too_large")
+        problem = check_problem(submit_lines(client, b"1\n2\n" + b"3" * 101 + b"\n4\n"))
+        assert problem["code"] == "payload_too_large" and "payload 3 has 101 bytes" in problem["detail"]
         assert client.stats()["total"] == 401
 
 

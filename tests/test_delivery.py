@@ -909,8 +909,9 @@ def test_a_job_that_comes_back_after_its_ttl_is_expired(client, worker, clock, b
     elif back == "lapsed":
         clock.advance(70)
     else:
-        worker.fail(job, "no", delay=0 if back == "failed" else 5)
-        clock.advance(5 + BIT)
+        for again in (False, True):
+            said = worker.fail(job, "no", delay=0 if back == "failed" else 5)
+            assert (said.status, said.retry_in, said.duplicate) == ("expired", 0, again)
     client.wait_status(job.id, "expired")
     assert held.result(10).status == 504
     assert worker.poll() is None

@@ -35,7 +35,7 @@ from local_engine import (
 )
 
 import jobqueue
-from engine_contract import LEASE, PATIENCE, STATES, Queue, batch, durable, refused, submission
+from engine_contract import LEASE, PATIENCE, STATES, Queue, batch, come_back, durable, refused, submission
 from jobqueue import Claim, DataError, Job, JobQueueError, JournalReader
 from support import LONG, FakeClock, ServerProcess, wait_until
 from wires import Client, WorkerOverHttp, ok
@@ -773,12 +773,12 @@ def test_a_compaction_leaves_the_content_as_it_was(make_queue):
         queue.bring_to(state, queue=state, key=state)
     queue.engine.submit(*submission({**queue.fields(), "payload": b"\xff\x00\n", "kind": "binary"}), 0).result(PATIENCE)
     queue.pause("paused")
-    kept = {job.id: durable(job) for job in queue.jobs()}
+    kept = {job.id: come_back(job) for job in queue.jobs()}
     churn(queue, lambda: compactions(queue) >= 3)
     wait_for_compaction()
     for how in ("crash", "stop"):
         queue.restart(how)
-        found = {job.id: durable(job) for job in queue.jobs() if job.id in kept}
+        found = {job.id: come_back(job) for job in queue.jobs() if job.id in kept}
         unfinished = [job_id for job_id, job in kept.items() if job.state in STATES[:3]]
         assert [found[job_id] for job_id in unfinished] == [kept[job_id] for job_id in unfinished]
         assert queue.nothing("paused")
@@ -1783,3 +1783,19 @@ def test_after_a_crash_the_name_of_the_file_is_on_the_disk_before_anything_is_ac
     rest = done[done.index(f"_sync_folder {copy}") :]
     assert any(call.startswith("_write_all") for call in rest), "the opening record comes after it"
     engine.close()
+
+
+def test_that_a_job_is_cancelled_already_is_told_once_that_is_on_the_disk(make_queue, monkeypatch):
+    queue = make_queue()
+    job, real, goes_on = queue.submit(), jobqueue._sync_data, threading.Event()
+
+    def slow(fd: int) -> None:
+        assert goes_on.wait(PATIENCE)
+        real(fd)
+
+    monkeypatch.setattr(jobqueue, "_sync_data", slow)
+    first, second = (queue.engine.cancel(job.id) for _ in range(2))
+    assert not (first.done() or second.done())
+    goes_on.set()
+    assert first.result(PATIENCE).state == "cancelled"
+    refused("job_finished", lambda: second)

@@ -876,9 +876,9 @@ def test_answers_that_are_there_at_once_count_as_no_held_clients(tmp_path, clock
 def test_a_worker_that_reads_its_jobs_too_slowly_is_cut_off_although_it_reads(still):
     """Each time that it reads, the server can write: that moves no deadline."""
     client = Client(still)
-    ids = [client.put(BIG) for _ in range(4)]
-    seconds = 4 * BIG_ANSWER / RATE
-    with deaf(still, "/api/worker/poll?max=4&lease=43200") as connection:
+    ids = [client.put(BIG) for _ in range(3)]
+    seconds = 3 * BIG_ANSWER / RATE
+    with deaf(still, "/api/worker/poll?max=3&lease=43200") as connection:
         client.wait_status(ids[0], "processing")
         for _ in range(3):
             read = 0
@@ -887,10 +887,10 @@ def test_a_worker_that_reads_its_jobs_too_slowly_is_cut_off_although_it_reads(st
                 assert data, "it was cut off too early"
                 read += len(data)
             move(still, seconds / 3)
-        assert client.stats()["running"] == 4
+        assert client.stats()["running"] == 3
         move(still, 2)
-        wait_until(lambda: client.stats()["pending"] == 4, SOON)
-    assert [(job.id, job.attempt) for job in WorkerOverHttp(still).poll_many(4)] == [(job_id, 1) for job_id in ids]
+        wait_until(lambda: client.stats()["pending"] == 3, SOON)
+    assert [(job.id, job.attempt) for job in WorkerOverHttp(still).poll_many(3)] == [(job_id, 1) for job_id in ids]
 
 
 # -- refusals that arrive

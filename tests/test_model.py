@@ -706,6 +706,8 @@ class EngineMachine(RuleBasedStateMachine):
             job = model.set(job, failures=failures, error=error, ended_by="fail", **voided(given))
             if not retry or failures >= job.attempts:
                 return model.end(job, "failed").state
+            if job.ttl is not None and job.expires <= self.clock.now:  # while the worker had it
+                return model.end(job, "expired").state
             return model.set(job, state="pending" if delay == 0 else "delayed").state
 
         outcome, state = self.both(lambda: self.engine.fail(job_id, given, error, retry, delay), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -193,6 +194,8 @@ def test_a_route_is_in_the_document_with_its_parameters_and_scope(route, documen
     parameters = {(each["in"], each["name"]): each for each in operation["parameters"]}
     wanted = {("query", name) for name in route.parameters}
     wanted |= {("path", name) for name in re.findall(r"\{(\w+)\}", route.path)}
+    if route.handler == "submit":
+        wanted |= {("header", "Idempotency-Key"), ("header", "Prefer")}
     assert set(parameters) == wanted
     assert all(each["required"] for (place, _), each in parameters.items() if place == "path")
     assert ("requestBody" in operation) == (route.body is not None)
@@ -478,3 +481,25 @@ def test_without_a_watchdog_none_is_fed_and_a_socket_that_is_gone_harms_nobody(p
         assert call(server.url, "GET", "/health").status == 200
     assert server.stop() == 0
     assert "Traceback" not in server.log()
+
+
+def test_what_an_operator_does_to_many_jobs_is_one_line_in_the_log(server, caplog):
+    caplog.set_level(logging.INFO, "jobqueue")
+    Client(server).put()
+    for method, path in (
+        ("POST", "/api/admin/pause?queue=mail"),
+        ("POST", "/api/admin/resume?queue=mail"),
+        ("POST", "/api/admin/requeue?status=failed"),
+        ("POST", "/api/admin/pause"),
+        ("POST", "/api/admin/resume"),
+        ("DELETE", "/api/admin/clear"),
+    ):
+        assert call(server.url, method, path).status == 200, path
+    assert [record.getMessage() for record in caplog.records] == [
+        "paused queue=mail peer=127.0.0.1",
+        "resumed queue=mail peer=127.0.0.1",
+        "requeued jobs=0 status=failed peer=127.0.0.1",
+        "paused queue=(all) peer=127.0.0.1",
+        "resumed queue=(all) peer=127.0.0.1",
+        "cleared jobs=1 peer=127.0.0.1",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
+from datetime import datetime
 
 import pytest
 
@@ -206,6 +207,18 @@ def test_an_extended_lease_is_armed_again_as_it_was_extended(start):
     clock.advance(500 - BIT)
     assert HTTP(second).poll() is None
     assert HTTP(second).complete(job).duplicate is False
+
+
+def test_a_lease_that_runs_anew_says_when_it_ends(start):
+    first = start(FakeClock())
+    Client(first).put()
+    job = HTTP(first).poll(lease=10)
+    first.stop(drain=0)
+    clock = FakeClock()
+    clock.jump(5)
+    client = Client(start(clock))
+    moment = datetime.fromisoformat(client.view(job.id)["lease_expires_at"]).timestamp()
+    assert moment == pytest.approx(clock.time() + 10)
 
 
 def test_a_late_worker_is_still_accepted_after_a_restart(start):

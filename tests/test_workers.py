@@ -237,16 +237,17 @@ def test_a_batch_over_http_has_no_such_end(client, http):
     assert [job.id for job in http.poll_many(10)] == ids
 
 
+@pytest.mark.parametrize(("byte", "written"), [(b"x", 1), (b"\xff", 4 / 3)], ids=["text", "binary"])
 @pytest.mark.parametrize("wire", WORKERS)
-def test_a_poll_for_many_gives_fewer_where_more_would_not_fit_a_batch(tmp_path, clock, wire):
+def test_a_poll_for_many_gives_fewer_where_more_would_not_fit_a_batch(tmp_path, clock, wire, byte, written):
     """One at least, however large; the others stay in line, in order and uncounted."""
     settings = {"port": 0, "grpc_port": 0, "clock": clock, "max_batch": 10_000}
     with jobqueue.Server(data_dir=tmp_path, **settings) as server:
         client, worker = Client(server), WORKERS[wire](server)
         sizes = [4_000] * 6 + [30_000] + [4_000] * 2
-        ids, got = [client.put(b"x" * size) for size in sizes], []
+        ids, got = [client.put(byte * size) for size in sizes], []
         while jobs := worker.poll_many(100):
-            assert len(jobs) == 1 or sum(sizes[len(got) + 1 : len(got) + len(jobs)]) <= 10_000
+            assert len(jobs) == 1 or sum(sizes[len(got) : len(got) + len(jobs)]) * written <= 10_000
             got += [(job.id, job.attempt) for job in jobs]
             waiting = ids[len(got) :]
             assert [client.status(job_id) for job_id in waiting] == ["pending"] * len(waiting)
