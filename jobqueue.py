@@ -2126,6 +2126,7 @@ class LocalEngine(Engine):
     # fmt: on
 
     SCAN = 5_000  # jobs looked at for one page of a listing: a page may be short, the lock is not held for long
+    LAST_WAIT = 1.0  # seconds of a long poll in a drain: with an answer at once, most workers would ask again at once
     SWEEP = 1_000  # timers settled, or jobs requeued, for one taking of the lock
 
     def __init__(self, settings: Settings, clock: Clock, failed: Callable[[], None] = lambda: None) -> None:
@@ -2355,8 +2356,10 @@ class LocalEngine(Engine):
     def poll(self, claim: Claim) -> Future:
         self._see_worker(claim)
         jobs, _ = self._take(claim)
-        if jobs or not claim.wait or self._drained is not None:
+        if jobs or not claim.wait:
             return Future.of(jobs)
+        if self._drained is not None:
+            claim = claim._replace(wait=min(claim.wait, self.LAST_WAIT))
         return self._stand_in_line(claim, lambda jobs, error: (error or jobs, 0))
 
     @_verb
@@ -7567,7 +7570,6 @@ class Worker:
     def _work(self) -> None:
         pause = 0.1
         while not self._stopping.is_set():
-            asked = Clock.monotonic()
             try:
                 job = self._poll()
                 pause = 0.1
@@ -7579,8 +7581,6 @@ class Worker:
                 continue
             if job:
                 self._serve(job)
-            elif Clock.monotonic() - asked < 1:  # a server that stops hands nothing out, and does not wait
-                self._stopping.wait(1)
 
     def stop(self) -> None:
         """Take no more jobs; the one that runs is finished."""

@@ -1381,12 +1381,19 @@ class EngineContract:
         refused("draining", queue.hold)
         refused("draining", queue.engine.submit_many, *batch([queue.fields()]))
         assert queue.nothing("other", "default")
-        assert queue.wait_for("other", wait=50).result(PATIENCE) == []
+        late, later = queue.wait_for("other", wait=50), queue.wait_for("other", wait=0.5)
+        queue.advance(0.5)
+        assert later.result(PATIENCE) == [] and not late.done()
+        queue.advance(0.5)
+        assert late.result(PATIENCE) == [], "a second is enough not to be asked at once again"
+        last = queue.wait_for("other", wait=50)
         assert not drained.done()
         assert queue.complete(job, "5", claim=Claim(("other",))).next is None
         drained.result(PATIENCE)
         assert client.result(PATIENCE)[0].result == b"5"
         assert queue.hold("x", 0, key="k").result(PATIENCE)[1], "who asks for what is there gets it"
+        queue.engine.close()
+        assert last.result(PATIENCE) == []
 
     def test_a_drain_with_nothing_in_progress_is_over_at_once(self, queue):
         queue.submit()

@@ -1564,7 +1564,7 @@ def drain(server, client):
     return begin
 
 
-def test_a_draining_server_takes_no_submits_and_hands_nothing_out(client, worker, drain):
+def test_a_draining_server_takes_no_submits_and_hands_nothing_out(client, worker, drain, clock):
     client.put()
     running = worker.poll()
     client.put(b"waits")
@@ -1574,8 +1574,10 @@ def test_a_draining_server_takes_no_submits_and_hands_nothing_out(client, worker
         assert check_problem(answer)["code"] == "draining"
         assert int(answer.headers["retry-after"]) > 0
     assert worker.poll() is None
-    assert worker.poll(wait=300) is None, "it does not wait either"
-    assert worker.poll_many(5, wait=300) == []
+    polls = later(worker.poll, wait=300), later(worker.poll_many, 5, wait=300)
+    client.wait_workers(2)
+    clock.advance(1)  # it does not wait longer either
+    assert [poll.result(10) for poll in polls] == [None, []]
     assert not stopping.done()
     worker.complete(running)
     stopping.result(10)
