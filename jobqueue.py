@@ -974,6 +974,11 @@ class Histogram:
     def __init__(self) -> None:
         self.counts, self.sum = [0] * (len(self.BOUNDS) + 1), 0.0
 
+    def copy(self) -> Histogram:
+        copy = Histogram()
+        copy.counts, copy.sum = self.counts.copy(), self.sum
+        return copy
+
     def observe(self, seconds: float) -> None:
         self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
         self.sum += seconds
@@ -1637,8 +1642,8 @@ class Journal:
         return {
             "journal_bytes": self.size,
             "disk_full": int(self.full),
-            "commit_seconds": self._commits,
-            "fsync_seconds": self._syncs,
+            "commit_seconds": self._commits.copy(),
+            "fsync_seconds": self._syncs.copy(),
         }
 
     def unknown(self, job_id: str | None) -> JobQueueError:
@@ -2139,7 +2144,7 @@ class LocalEngine(Engine):
         self._jobs: dict[str, Job] = {}
         # -- memory only
         self._order = _Order()
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[str, _Lane] = {}  # (which of them are paused, a restart brings back)
         self._keys: dict[str, str] = {}
         self._ttl_ends: dict[str, float] = {}  # of the unfinished jobs that have a ttl
         self._unfinished = self._unfinished_bytes = self._finished_bytes = 0
@@ -2523,7 +2528,7 @@ class LocalEngine(Engine):
 
     @_verb
     def figures(self) -> dict[str, Any]:
-        return {**self._totals, **self.journal.figures(), "job_wait_seconds": self._waits}
+        return {**self._totals, **self.journal.figures(), "job_wait_seconds": self._waits.copy()}
 
     @_verb
     def workers_seen(self) -> list[dict[str, Any]]:
@@ -3307,6 +3312,7 @@ SCOPES = ("client", "worker", "admin")
 # In one batch; more would hold up everybody else for more than a second (results for half of one).
 MAX_LINES = 50_000
 MAX_RESULTS = 10_000
+MAX_QUEUES = 1_000  # of one poll over gRPC; over HTTP the request line is limited
 MAX_FORWARDED = 63 * KIB  # bytes of a job's headers: with the largest payload they fit a gRPC client's 4 MiB
 MAX_ERROR = 65536  # characters of a worker's error
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -6817,6 +6823,8 @@ class WorkerServicer:
 
     def _claim(self, request: Any, context: Any) -> Claim:
         """A JobRequest; an empty one, as the original's clients send it, asks for one job of `default` at once."""
+        if len(request.queues) > MAX_QUEUES:
+            raise JobQueueError("invalid_parameter", f"a poll has at most {MAX_QUEUES} queues")
         queues = tuple(dict.fromkeys(checked(_queue, "queues", queue) for queue in request.queues)) or ("default",)
         lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
         most = checked(_MAX, "max", request.max) if request.max else 1
@@ -7742,7 +7750,7 @@ class PolledJob:
 
 
 class _Heartbeat(threading.Thread):
-    """Extends the lease at a third of it; a job that was cancelled or lost is stopped."""
+    """Extends the lease at a third of it, and every 10 s at least; a job that was cancelled or lost is stopped."""
 
     def __init__(self, client: Client, job: PolledJob) -> None:
         super().__init__(daemon=True)

@@ -672,3 +672,12 @@ def test_a_poll_says_which_strings_are_text_and_which_are_json(server):
         job = ok(client.call("GET", "/api/worker/poll"))
         assert job.get("payload_kind") == kind
         worker.complete(job["job_id"], b"1")
+
+
+def test_over_grpc_a_poll_has_at_most_a_thousand_queues(server, client):
+    worker = WORKERS["grpc"](server)
+    job_id = client.put(queue="q999")
+    names = [f"q{number}" for number in range(1_001)]
+    with refused("invalid_parameter"):
+        worker._call("RequestJob", worker.pb.JobRequest(queues=names))
+    assert worker._call("RequestJob", worker.pb.JobRequest(queues=names[:1_000])).id == job_id
