@@ -1781,7 +1781,7 @@ class _Recent:
             _sync_file(self._file)
             _sync_folder(os.path.dirname(self._path))
         except OSError:
-            self.close()
+            self.remove()
 
     def keep(self, journal: int, start: int, end: int) -> bool:
         """Copy these bytes of the journal and sync; False where they do not fit: then the journal is to be synced."""
@@ -1807,7 +1807,7 @@ class _Recent:
             os.close(file)
 
     def remove(self) -> None:
-        """The journal was closed and has it all."""
+        """Give the room back: the journal has it all."""
         self.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)

@@ -307,14 +307,16 @@ def test_where_a_record_that_was_synced_is_in_neither_file_the_start_is_refused(
     assert journal.read_bytes() == before
 
 
-@pytest.mark.parametrize("call", ["open", "pwrite"])
+@pytest.mark.parametrize("call", ["open", "write", "pwrite"])
 def test_without_room_for_the_recent_file_the_journal_itself_is_synced(tmp_path, clock, monkeypatch, call):
     real = getattr(os, call)
 
-    def refused(path, *arguments):
-        if call == "pwrite" or str(path).endswith(".recent"):
+    def refused(file, *arguments):
+        if str(name_of(file) if isinstance(file, int) else file).endswith(".recent"):
+            if call == "write" and len(arguments[0]) > 1_000:
+                return real(file, arguments[0][:1_000])  # the first sign of a full disk is a short write
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, *arguments)
+        return real(file, *arguments)
 
     monkeypatch.setattr(os, call, refused)
     engine = open_engine(tmp_path / "data", clock)
@@ -322,6 +324,7 @@ def test_without_room_for_the_recent_file_the_journal_itself_is_synced(tmp_path,
     for _ in range(3):
         queue.submit()
     assert synced == [str(journal_of(engine))] * 3
+    assert (tmp_path / "data" / "journal.jsonl.recent").exists() == (call == "pwrite")
     engine.close()
 
 
