@@ -1367,7 +1367,8 @@ class Journal:
             _sync_file(fd)
         finally:
             os.close(fd)
-        _sync_folder(self.folder)  # a compaction may have been cut short between its rename and this
+        self._recent.remove()  # a torn record's number is given once more: nothing there must come to stand behind it
+        _sync_folder(self.folder)  # for this, and where a compaction was cut short between its rename and its own
 
     def close(self) -> None:
         """Sync what there is and leave a closing record; without it the next start knows that this one crashed."""

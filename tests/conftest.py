@@ -6,6 +6,7 @@ import contextlib
 import os
 import py_compile
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,17 @@ def _leave_nothing_running() -> Iterator[None]:
     yield
     close_channels()
     end_servers(keep=before)
+
+
+@pytest.fixture(autouse=True)
+def _leave_signals_as_they_were() -> Iterator[None]:
+    """A `serve` in this process whose start fails has set its handlers: Ctrl-C and SIGTERM are for the tests again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    if any(signal.getsignal(number) is not handler for number, handler in before.items()):
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -798,6 +798,7 @@ def test_a_full_disk_does_not_end_a_programs_worker(start, serve, monkeypatch):
     worker.result(10)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # Python 3.12 and newer; the child only waits
 def test_a_child_that_was_forked_does_not_keep_the_data_folder_locked(tmp_path):
     server = jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None).start()
     ready, over = os.pipe(), os.pipe()
@@ -1003,6 +1004,7 @@ def test_after_a_sync_that_hung_the_serving_thread_leaves_the_next_to_another_fo
 
     def left_to_another(seconds):
         """Who synced for a client, by a sync that took so long?"""
+        wait_until(lambda: clock.sleepers() == 2)  # the other one, which a clock that moves wakes, looks on no more
         took[0] = seconds
         by.clear()
         assert call(server.url, "POST", "/api/submit?wait=0", b"1").status == 202

@@ -49,19 +49,24 @@ class Rig:
         self.data = self.mount_point / "data"
         self.disk = Disk(starts, tmp_path / "disk", self.mount_point)
         self.load = Load(History(), seed, worker_acts=WORKER_ACTS)
-        self.server, self.moment = None, 0
+        self.server = None
 
     def start(self, **options):
         """Start a server on what the disk holds."""
         self.server = self.starts.start(*self.flags, data_dir=self.data, **options)
         return self.server
 
-    def cut_power(self):
-        """Cut the power now, and bring back the disk as it is then. Answers read later do not count."""
-        self.moment = self.disk.cut_power()
+    def cut_power(self, *growing):
+        """Cut the power now, and bring back the disk as it is then. Answers read later do not count.
+
+        Threads that look at the disk are waited for, since a disk that somebody looks at cannot be unmounted.
+        """
+        moment = self.disk.cut_power()
         self.server.kill()
         self.load.stop()
-        self.load.history.cut(self.moment)
+        for thread in growing:
+            thread.join()
+        self.load.history.cut(moment)
         self.load.unsure.clear()  # their leases may be gone, as may their jobs
         self.disk.unmount()
         self.disk.mount()
@@ -75,9 +80,7 @@ class Rig:
 
     def cut_power_of(self, growing):
         """Cut the power while that thread writes, and hold the next server to what was acknowledged; then clear all."""
-        self.cut_power()
-        growing.join()
-        self.load.history.cut(self.moment)
+        self.cut_power(growing)
         self.start()
         self.check()
         self.load.history.calls = [clear(self.load.history, self.server.port)]

@@ -200,7 +200,7 @@ def test_what_the_journal_lacks_is_taken_from_the_recent_file_and_told_in_one_li
 
 def test_a_crash_while_that_is_done_harms_nothing(tmp_path, clock, monkeypatch):
     folder, ids = lacking(tmp_path, clock)
-    monkeypatch.setattr(jobqueue._Recent, "open", lambda recent: 1 / 0)
+    monkeypatch.setattr(jobqueue._Recent, "remove", lambda recent: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_engine(folder, clock)
     monkeypatch.undo()
@@ -210,6 +210,30 @@ def test_a_crash_while_that_is_done_harms_nothing(tmp_path, clock, monkeypatch):
         (again / path.name).write_bytes(path.read_bytes())
     with open(again / "journal.jsonl", "r+b") as journal:  # of what was being written, this much got there
         journal.truncate(journal.seek(0, 2) - 700)
+    engine = open_engine(again, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
+    engine.close()
+
+
+def test_what_was_torn_in_the_recent_file_does_not_come_back_behind_a_start_that_was_cut_short(
+    tmp_path, clock, monkeypatch
+):
+    """Its numbers are given once more: the first of them to that start."""
+    folder, ids = lacking(tmp_path, clock)
+    recent = folder / "journal.jsonl.recent"
+    lines = [line for line in recent.read_bytes().splitlines(keepends=True) if line.strip()]
+    last = records_of(lines[-1])[0]["seq"]
+    # Of two records that were being written, a submit and what was done with its job, the second got there.
+    late = jobqueue.journal_line(last + 2, last, '{"op":"cancel","id":"a job that is nowhere","finished":0}')
+    recent.write_bytes((b"".join(lines) + b"x" * 300 + b"\n" + late).ljust(jobqueue._Recent.SIZE, b"\n"))
+    monkeypatch.setattr(jobqueue._Recent, "open", lambda recent: 1 / 0)  # behind the sync of its "open"
+    with pytest.raises(ZeroDivisionError):
+        open_engine(folder, clock)
+    monkeypatch.undo()
+    again = tmp_path / "again"
+    again.mkdir()
+    for path in folder.glob("journal.jsonl*"):
+        (again / path.name).write_bytes(path.read_bytes())
     engine = open_engine(again, clock)
     assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
     engine.close()
