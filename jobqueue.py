@@ -1082,7 +1082,7 @@ def _lock_file(path: str) -> int:
     except OSError as error:
         os.close(fd)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):  # a file system without locks
-            raise
+            raise OSError(error.errno, error.strerror, path) from None
         raise DataError(
             f"{os.path.dirname(path)} is in use by another jobqueue; give each its own --data-dir"
         ) from None
@@ -7282,16 +7282,17 @@ class Server:
             if not self.failed.is_set():
                 self._drained.wait(self.settings.drain if drain is None else drain)
             self._apart(self.engine.close)
-            self._http.finish(5.0)
+            if self._thread.is_alive():  # else another stop was interrupted after this
+                self._http.finish(5.0)
             if self._grpc:
-                self._grpc.stop(1.0)
+                self._apart(self._grpc.stop, 1.0)  # interrupted midway, grpcio would never come to its end
             self._thread.join(6.0)
             self._http.abort()
             self._thread.join()
             self._http.server_close()
+            self.stopped.set()
             self._tellers.shutdown(wait=False)
             self._deputy.shutdown(wait=False)
-            self.stopped.set()
             log.info("stopped data=%s", self.settings.data_dir)
 
     def hurry(self) -> None:

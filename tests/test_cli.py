@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.server
 import io
 import json
@@ -11,6 +12,7 @@ import pty
 import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ import pytest
 
 import jobqueue
 from support import ROOT, ServerProcess, call, start_server, wait_until
-from wires import Client, WorkerOverHttp, later
+from wires import Client, Refused, WorkerOverGrpc, WorkerOverHttp, later
 
 OK, NO, USAGE, DATA, UNREACHABLE, NOT_YET = 0, 1, 2, 3, 69, 75
 NOBODY = "http://127.0.0.1:1"
@@ -189,6 +191,8 @@ BAD = {
     "port that is no number": (["--port", "http"], "http"),
     "port out of range": (["serve", "--port", "70000"], "70000"),
     "lease too short": (["--lease", "0"], "lease"),
+    "idle connections that are closed at once": (
+        ["--idle-timeout", "0"], "--idle-timeout (JOBQUEUE_IDLE_TIMEOUT) must be 1 to"),
     "fsync unknown": (["--fsync", "sometimes"], "always, interval, never"),
     "switch that is neither": (["--insecure", "perhaps"], "perhaps"),
     "log format": (["--log-format", "xml"], "text, json"),
@@ -829,6 +833,46 @@ def test_signals_without_end_do_not_change_the_exit_code(tmp_path, before):
     assert server.wait() == OK
 
 
+# A server whose disk hangs as long as there is a file `hang`: be it in the thread that would answer over HTTP.
+HANGING = """
+import os, sys, time, jobqueue
+sync = jobqueue._sync_data
+def hang(fd):
+    while os.path.exists("hang"):
+        open("hangs", "w").close()
+        time.sleep(0.05)
+    sync(fd)
+def waits(*arguments):
+    future = complete(*arguments)
+    open("waits", "w").close()
+    return future
+complete, jobqueue.LocalEngine.complete = jobqueue.LocalEngine.complete, waits
+jobqueue._sync_data = hang
+sys.exit(jobqueue.main())
+"""
+
+
+def test_a_third_signal_ends_a_server_whose_workers_over_grpc_wait_for_a_disk_that_hangs(tmp_path):
+    flags = ["--data-dir", "data", "--port", "0", "--grpc-port", "0"]
+    env = environment(NOBODY, PYTHONPATH=str(ROOT))
+    server = ServerProcess([sys.executable, "-c", HANGING, *flags], env, tmp_path)
+    server.wait_ready(30)
+    worker = WorkerOverGrpc(server)
+    Client(server).put()
+    job = worker.poll()
+    (tmp_path / "hang").touch()
+    completing = later(worker.complete, job, b"1")
+    wait_until(lambda: all((tmp_path / name).exists() for name in ("waits", "hangs")), what="a sync that hangs")
+    server.terminate()
+    server.wait_log("stopping ")
+    for _ in range(2):
+        assert server.process.poll() is None and not completing.done()
+        past_the_burst()
+        server.terminate()
+    assert server.wait(10) == OK
+    assert isinstance(completing.exception(10), Refused), "it was not told that the result is on disk"
+
+
 def test_a_setting_is_taken_from_the_environment_and_a_flag_wins(tmp_path):
     env = environment(NOBODY, PORT="0", GRPC_PORT="off", JOBQUEUE_DATA_DIR="elsewhere", JOBQUEUE_ATTEMPTS="7",
                       JOBQUEUE_LEASE="11")
@@ -855,6 +899,20 @@ def test_a_port_that_is_taken_is_exit_2_and_a_folder_in_use_exit_3(server, tmp_p
     done = spawn(NOBODY, "--grpc-port", "off", "--port", "0", "--data-dir", str(server.data_dir))
     said(done, DATA)
     assert str(server.data_dir).encode() in done.stderr
+
+
+def test_a_file_system_without_locks_is_told_as_that_and_not_as_another_jobqueue(tmp_path, capsys, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="no fcntl to lock by")
+
+    def without_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    code = jobqueue.main(["--data-dir", str(tmp_path / "data"), "--port", "0", "--grpc-port", "off"])
+    out, errors = capsys.readouterr()
+    assert (code in (USAGE, DATA), out) == (True, ""), errors
+    assert errors.count("\n") == 1 and errors.startswith("jobqueue: ") and "in use" not in errors
+    assert os.strerror(errno.ENOLCK) in errors and str(tmp_path / "data") in errors
 
 
 def test_a_port_for_grpc_that_is_taken_is_exit_2(server, tmp_path):
@@ -902,6 +960,13 @@ def test_a_command_that_reads_nothing_completes_too(server, client, queue, work)
     work(server.url, "--queue", queue, "--", "echo", "done")
     answer = client.submit(b"x" * 1_000_000, queue=queue, wait=20)
     assert answer.json()["payload"] == "done\n"
+
+
+def test_a_command_that_reads_late_gets_the_whole_of_a_large_payload(server, client, queue, work):
+    """More than a pipe holds, and later than the worker has looked for what the command says."""
+    work(server.url, "--queue", queue, "--", "sh", "-c", "sleep 2; wc -c")
+    answer = client.submit(b"x" * 1_000_000, queue=queue, wait=20)
+    assert (answer.status, answer.json().get("payload")) == (200, 1_000_000)
 
 
 def test_exit_75_asks_for_a_retry(server, client, queue, work):
@@ -1131,6 +1196,29 @@ def test_an_idle_worker_stops_at_once_and_leaves_no_job_behind(server, client, q
     wait_until(lambda: client.stats()["waiting_workers"] == before)
 
 
+def test_an_idle_worker_asks_a_server_that_drains_once_in_a_second(tmp_path, work):
+    """Such a server hands nothing out, and lets nobody wait."""
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None) as server:
+        client, busy = Client(server), WorkerOverHttp(server)
+
+        def polls() -> int:
+            rows = client.call("GET", "/metrics").body.decode().splitlines()
+            return sum(int(row.split()[-1]) for row in rows if "_duration_seconds_count" in row and "/poll" in row)
+
+        client.put(queue="busy")
+        job = busy.poll(queue="busy")
+        work(server.url, "--", "cat")
+        client.wait_workers(1)
+        stopping = later(server.stop, 60)
+        wait_until(server.engine.draining)
+        began, before = time.monotonic(), polls()
+        wait_until(lambda: polls() >= before + 3, what="three polls of the worker")
+        took = time.monotonic() - began
+        busy.complete(job)
+        stopping.result(20)
+    assert took > 1.5
+
+
 def test_a_worker_that_is_stopped_at_its_start_stops(server, queue, work):
     worker = work(server.url, "--queue", queue, "--concurrency", "20", "--", "cat")
     worker.wait_log("working url=")
@@ -1291,6 +1379,43 @@ def test_forward_hands_the_payload_and_its_headers_on_unchanged(server, client, 
     assert (path, body) == ("/hook/?a=1", payload)
     assert (headers["Content-Type"], headers["X-Trace-Id"]) == ("image/png", "t1")
     assert (headers["Job-Id"], headers["Job-Queue"], headers["Job-Attempt"]) == (job_id, queue, "1")
+
+
+def polled(payload: int) -> jobqueue.PolledJob:
+    """A job as a worker gets it."""
+    fields = {"job_id": "j", "payload": payload, "headers": {}, "queue": "q", "attempt": 1, "lease_token": "t"}
+    return jobqueue.PolledJob(json.dumps({**fields, "lease_seconds": 9}).encode())
+
+
+@pytest.mark.parametrize("end, target", [
+    ("", "/"), ("/", "/"), ("?a=1", "/?a=1"), ("/?a=1", "/?a=1"), ("/p", "/p"), ("/p/", "/p/"), ("/p?a=1", "/p?a=1"),
+])
+def test_forward_asks_for_the_path_and_the_query_of_its_url(service, end, target):
+    assert jobqueue.forward(service.url + end, polled(7)).verb == "complete"
+    assert [(path, body) for path, _, body in service.seen] == [(target, b"7")]
+
+
+def test_forward_sends_no_job_that_was_lost_while_it_connected_to_the_service(monkeypatch):
+    connecting, go_on, connect = threading.Event(), threading.Event(), socket.create_connection
+
+    def slow(*arguments: Any, **named: Any) -> socket.socket:
+        connecting.set()
+        assert go_on.wait(20)
+        return connect(*arguments, **named)
+
+    job = polled(7)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(10)
+        monkeypatch.setattr(socket, "create_connection", slow)
+        forwarding = later(jobqueue.forward, f"http://127.0.0.1:{listening.getsockname()[1]}/", job)
+        assert connecting.wait(10)
+        job.lose("stopped")
+        go_on.set()
+        connection, _ = listening.accept()
+        with connection:
+            connection.settimeout(10)
+            assert connection.recv(4096) == b""
+            assert forwarding.result(10).verb == "fail"
 
 
 def test_forward_asks_for_the_whole_result_as_it_is_whatever_the_submitter_asked_for(

@@ -447,6 +447,82 @@ def test_a_call_does_not_wait_for_those_that_are_stuck():
         pool.shutdown(wait=True)
 
 
+@pytest.fixture
+def no_threads(monkeypatch):
+    """no_threads(meanwhile): inside, the system refuses to start a thread for calls over gRPC; gives those refused."""
+
+    @contextlib.contextmanager
+    def refuse(meanwhile=lambda: None):
+        start, refused = threading.Thread.start, []
+
+        def none(thread):
+            if not thread.name.startswith("jobqueue-grpc") or "overseer" in thread.name:
+                return start(thread)
+            meanwhile()
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none)
+            yield refused
+
+    return refuse
+
+
+@pytest.mark.parametrize("waiting", [0, 3], ids=["before the first", "while some wait"])
+def test_calls_over_grpc_are_served_again_after_the_system_had_no_thread_for_them(server, client, no_threads, waiting):
+    worker, most = WORKERS["grpc"](server), server.settings.grpc_threads * 3 // 4
+    polls = [grpc_poller(server, queue="other") for _ in range(waiting)]
+    client.wait_workers(waiting)
+    with no_threads() as refused_ones:
+        unserved = [grpc_poller(server) for _ in range(4)]
+        wait_until(lambda: refused_ones, what="a thread that is refused")
+    ids = {client.put() for _ in unserved}
+    assert {call.result(20).id for call in unserved} == ids
+    # As many wait as may, and the others are served.
+    polls += [grpc_poller(server, queue="other") for _ in range(most - waiting)]
+    client.wait_workers(most)
+    with pytest.raises(Refused, match="long polls"):
+        worker.poll(queue="other", wait=20)
+    assert at_once(*[worker.poll] * 30) == [None] * 30
+    for each in polls:
+        each.cancel()
+    client.wait_workers(0)
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["while another is busy", "while another serves the call"])
+def test_a_thread_that_the_system_refuses_is_not_counted(no_threads, meanwhile):
+    pool, ended = jobqueue._Pool(4, jobqueue.Clock()), threading.Event()
+    try:
+        for _ in range(20):
+            ended.clear()
+            busy = pool.submit(ended.wait, 60)
+            wait_until(lambda: not pool._calls, what="the first call to be served")
+
+            def until_it_is_served(pool=pool, busy=busy):
+                ended.set()
+                wait_until(lambda busy=busy: busy.done() and not pool._calls and pool._running < 2)
+
+            with no_threads(until_it_is_served if meanwhile else lambda: None) as refused_ones:
+                call = pool.submit(lambda: "done")
+                wait_until(lambda refused_ones=refused_ones: refused_ones)
+            ended.set()
+            assert call.result(10) == "done"
+            wait_until(lambda: not pool._running, what="the pool to be at rest")
+        barrier = threading.Barrier(4)
+
+        def wait_for_others():
+            waited = jobqueue.Future()
+            later(lambda: (barrier.wait(10), waited.set_result(threading.current_thread())))
+            return pool.result(waited)
+
+        crowd = [pool.submit(wait_for_others) for _ in range(4)]
+        assert len({call.result(10) for call in crowd}) == 4
+    finally:
+        ended.set()
+        pool.shutdown(wait=True)
+
+
 def test_a_job_that_comes_while_a_poller_hangs_up_goes_to_the_next(server, client):
     """The submit follows the hang-up at once, before anybody can have noticed it."""
     worker = WORKERS["http"](server)

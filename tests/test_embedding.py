@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 
 import pytest
@@ -129,6 +130,7 @@ def test_a_port_that_is_taken_is_refused_and_named(start, tmp_path):
     ({"lease": 0}, "lease"), ({"lease": "long"}, "43200"), ({"attempts": 101}, "100"), ({"fsync": "x"}, "always"),
     ({"portt": 1}, "portt"), ({"port": -1}, "port"), ({"port": 70_000}, "65535"), ({"max_payload": -1}, "max_payload"),
     ({"host": "0.0.0.0"}, "insecure"),
+    ({"idle_timeout": 0}, "idle_timeout must be 1 to "), ({"idle_timeout": 0.9}, "idle_timeout must be 1 to "),
     ({"attempts": 2.7}, "whole number"), ({"attempts": "2.0"}, "whole number"), ({"attempts": float("inf")}, "100"),
     ({"attempts": float("nan")}, "100"), ({"lease": float("inf")}, "43200"), ({"lease": float("nan")}, "43200"),
 ], ids=str)
@@ -262,6 +264,31 @@ def test_nothing_is_printed_and_the_program_ends(tmp_path):
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
     assert (said.returncode, said.stdout, said.stderr) == (0, b"", b"")
     assert time.monotonic() - began < 20
+
+
+WITHOUT_A_STOP = """
+import jobqueue, sys
+server = jobqueue.Server(data_dir=sys.argv[1], port=0, grpc_port=0).start()
+print(server.port, server.grpc_port, flush=True)
+sys.stdin.readline()
+sys.exit(3)
+"""
+
+
+def test_a_program_that_ends_without_a_stop_does_not_wait_for_the_long_polls_over_grpc(tmp_path):
+    worker_of = WORKERS["grpc"]
+    command = [sys.executable, "-c", WITHOUT_A_STOP, str(tmp_path / "data")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        try:
+            port, grpc_port = map(int, program.stdout.readline().split())
+            server = types.SimpleNamespace(url=f"http://127.0.0.1:{port}", grpc_port=grpc_port)
+            later(worker_of(server).poll, wait=300)
+            Client(server).wait_workers(1)
+            program.stdin.close()
+            assert program.wait(10) == 3
+        finally:
+            program.kill()
 
 
 # == submit
@@ -728,6 +755,42 @@ def test_ctrl_c_amid_a_call_leaves_it_done_or_not_done_and_the_journal_whole(tmp
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "data"), str(seed)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
+
+
+STOPPED_TWICE = """
+import signal, socket, sys, threading, time, jobqueue
+server = jobqueue.Server(data_dir=sys.argv[1], port=0, grpc_port=0).start()
+server.submit(b"1")
+# Who takes no answers keeps the stop waiting for a while.
+deaf = socket.socket()
+deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+deaf.connect(("127.0.0.1", server.port))
+deaf.sendall(b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n" * 400)
+def interrupt():
+    while not server._http.stopping:  # the engine is closed by then
+        time.sleep(0.005)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    server.stop(drain=0)
+except KeyboardInterrupt:
+    pass
+else:
+    sys.exit("the first stop was not interrupted")
+assert not server.stopped.is_set()
+deaf.close()
+server.stop(drain=0)
+assert server.stopped.is_set()
+assert not [thread.name for thread in threading.enumerate() if thread.name == "jobqueue-http"]
+with jobqueue.Server(data_dir=sys.argv[1], port=0, grpc_port=None, drain=0) as server:
+    assert next(server.jobs()).payload == b"1"
+"""
+
+
+def test_a_stop_that_ctrl_c_ended_late_is_finished_by_another(tmp_path):
+    command = [sys.executable, "-c", STOPPED_TWICE, str(tmp_path / "data")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
 
 
 def test_a_program_that_changes_its_directory_keeps_its_journal(tmp_path, monkeypatch):

@@ -116,6 +116,17 @@ def test_a_crowd_that_hangs_up_while_others_come_and_go_disturbs_nobody(queue):
     assert waiter.result(PATIENCE) == [], "the timer thread has died"
 
 
+def test_a_job_that_leaves_its_line_and_comes_back_again_and_again_stands_in_it_once(queue):
+    first, second = queue.submit(), queue.submit()
+    for _ in range(ROUNDS):
+        queue.cancel(first)
+        queue.requeue(first)
+    (line,) = queue.engine._lanes["default"].heaps.values()
+    assert len(line) < LEFT
+    assert [queue.take().id, queue.take().id] == [first.id, second.id]
+    assert queue.nothing()
+
+
 def test_names_of_queues_that_nobody_uses_any_more_take_no_memory(make_queue):
     queue = make_queue(keep_jobs=0)
     for name in map(str, range(50)):

@@ -480,6 +480,20 @@ def test_of_a_long_error_the_end_is_kept(process, letter):
     assert client.view(job_id)["error"] == said[-65536:]
 
 
+def test_of_an_error_that_is_no_utf_8_the_bytes_that_were_sent_are_what_its_limit_counts(process):
+    """Each byte is kept as a character of three bytes."""
+    server = process("--max-payload", "1000", "--grpc-port", "off")
+    client, worker = Client(server), WorkerOverHttp(server)
+    for size, status in ((500, 200), (1000, 200), (1001, 413)):
+        job_id = client.put()
+        job = worker.poll()
+        path = f"/api/worker/fail/{job.id}"
+        answer = client.call("POST", path, b"\xe9" * size, lease_token=job.token, retry="false")
+        assert answer.status == status
+        if status == 200:
+            assert client.view(job_id)["error"] == "\ufffd" * size
+
+
 # -- file descriptors
 
 
@@ -663,6 +677,77 @@ def test_a_crowd_that_hangs_up_at_once_leaves_the_server_responsive_and_its_jobs
     client.put(b"9", queue="tied")  # none of the pollers that are gone takes it
     assert worker.poll(queue="tied", wait=SOON).payload == "9"
     assert "Traceback" not in server.log()
+
+
+def test_a_connection_is_kept_for_the_second_that_is_the_shortest_idle_timeout(tmp_path, clock):
+    with jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None, clock=clock, idle_timeout=1) as server:
+        with connect(server.url) as connection:
+            for _ in range(3):
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                answer = b""
+                while not whole(answer):
+                    assert (data := connection.recv(4096)), answer
+                    answer += data
+                assert answer.startswith(b"HTTP/1.1 200 ")
+                clock.advance(0.9)
+            clock.advance(0.2)
+            assert read_to_the_end(connection) == b""
+        server.stop(drain=0)
+
+
+def test_a_crowd_of_pollers_that_vanishes_while_the_server_is_busy_gets_no_job(tmp_path, clock, monkeypatch, caplog):
+    """The job goes to one of them after the other; each is found to be gone as it is answered."""
+    kind_of, arrived, gone = jobqueue.kind_of, threading.Event(), threading.Event()
+
+    def slow(data: bytes) -> str:
+        arrived.set()
+        assert gone.wait(20)
+        return kind_of(data)
+
+    poll = b"GET /api/worker/poll?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with jobqueue.Server(data_dir=tmp_path, port=0, grpc_port=None, clock=clock) as server:
+        client, worker = Client(server), WorkerOverHttp(server)
+        with monkeypatch.context() as patch:
+            with Crowd(server, [poll] * 250):
+                client.wait_workers(250)
+                patch.setattr(jobqueue, "kind_of", slow)
+                submitting = later(client.put)
+                assert arrived.wait(SOON)
+            gone.set()
+            job_id = submitting.result(20)
+        wait_until(lambda: client.stats()["waiting_workers"] == 0, SOON)
+        assert (client.status(job_id), client.view(job_id)["deliveries"]) == ("pending", 0)
+        job = worker.poll()
+        assert (job.id, job.attempt) == (job_id, 1)
+        server.stop(drain=0)
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
+
+
+@pytest.mark.parametrize("fsync", ["always", "never"])
+def test_each_of_many_workers_that_submit_for_the_next_behind_their_poll_is_answered(tmp_path, clock, fsync, caplog):
+    count = 200
+    settings = {"port": 0, "grpc_port": None, "clock": clock, "fsync": fsync}
+    with jobqueue.Server(data_dir=tmp_path, **settings) as server, contextlib.ExitStack() as stack:
+        client = Client(server)
+        workers = [stack.enter_context(connect(server.url)) for _ in range(count)]
+        for number, each in enumerate(workers):
+            each.sendall(
+                b"GET /api/worker/poll?queue=q%d&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n" % number
+                + b"POST /api/submit?queue=q%d&wait=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
+                % (number + 1)
+            )
+        client.wait_workers(count)
+        client.put(queue="q0")
+        for each in workers:
+            said = b""
+            while b"HTTP/1.1 202 " not in said:
+                assert (data := each.recv(65536)), said
+                said += data
+            assert said.startswith(b"HTTP/1.1 200 ")
+        stats = client.stats()
+        assert (stats["running"], stats["pending"]) == (count, 1)
+        server.stop(drain=0)
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
 
 
 def test_500_slow_clients_stop_nobody(process):

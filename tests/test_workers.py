@@ -237,6 +237,20 @@ def test_a_batch_over_http_has_no_such_end(client, http):
     assert [job.id for job in http.poll_many(10)] == ids
 
 
+@pytest.mark.parametrize("wire", WORKERS)
+def test_a_job_and_a_result_may_be_larger_than_a_batch(tmp_path, clock, wire):
+    settings = {"port": 0, "grpc_port": 0, "clock": clock, "max_batch": 10_000, "max_payload": 500_000}
+    with jobqueue.Server(data_dir=tmp_path, **settings) as server:
+        client, worker = Client(server), WORKERS[wire](server)
+        for text in ("x" * 500_000, "ä" * 250_000):
+            held = client.hold(text.encode())
+            job = worker.poll()
+            assert job.payload.strip('"') == text
+            worker.complete(job, text[::-1].encode())
+            assert held.result(10).json()["payload"] == text[::-1]
+        server.stop(drain=0)
+
+
 @pytest.mark.parametrize(("byte", "written"), [(b"x", 1), (b"\xff", 4 / 3)], ids=["text", "binary"])
 @pytest.mark.parametrize("wire", WORKERS)
 def test_a_poll_for_many_gives_fewer_where_more_would_not_fit_a_batch(tmp_path, clock, wire, byte, written):
@@ -468,6 +482,12 @@ BROKEN = [
     '{"more": 1, "results": [{"job_id": "ID"}]}', '{"results": [{"job_id": "ID", "lease_token": "\x01"}]}',
     '{"results": [{"job_id": "ID", "lease_token": "\\x"}]}', '{"results": [{"job_id": "\\ud800"}]}',
     '{"results": [{,"job_id": "ID"}]}',
+    # Half a surrogate pair is quoted as it was sent.
+    '{"results": [{"\\ud800": 1}]}', '{"results": [{"job_id": "ID", "\\ud800": 1}]}', '{"\\ud800": []}',
+    '{"results": [{"job_id": "ID", "\\udfff": 1, "\\udfff": 2}]}',
+    '{"results": [{"job_id": "ID", "payload": "\\ud800", "payload_encoding": "base64"}]}',
+    '{"results": [{"job_id": "ID", "payload": 1, "payload_encoding": "\\ud800"}]}',
+    '{"results": [{"job_id": "ID", "lease_token": ["\\ud800"]}]}',
     '{"results": [{"job_id": "ID", "payload": 1, "payload": 2}]}', '{"results": [{"job_id": "ID", "job_id": "ID"}]}',
     '{"results": [{"payload": 1, "job_id": "ID", "p\\u0061yload": 1}]}',
 ]
