@@ -1127,6 +1127,7 @@ class JournalReader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         with open(self.path, "rb", buffering=MIB) as file:
+            size = os.fstat(file.fileno()).st_size  # what is written from now on, to a file in use, is not judged
             self._read_header(file.readline())
             op, seq, synced, end, bad = "journal", self.seq, self.synced, self.end, b""
             for line in file:
@@ -1140,25 +1141,26 @@ class JournalReader:
                 op = record.get("op")
                 yield record
             self.seq, self.synced, self.end, self.unsure = seq, synced, end, seq - synced
-            if bad or op != "close":
+            if self.version > 1 and (bad or op != "close"):
                 yield from self._read_recent()
             if bad:
-                self._judge(file, bad)
+                yield from self._judge(file, bad, size)
             if self.synced > self.seq:
                 raise self._damaged(end, f"it ends before record {self.synced}, which had been synced")
             self.clean = op == "close" and not bad
 
     def _read_recent(self) -> Iterator[dict[str, Any]]:
-        """What follows in the `recent` file, which holds older records too. Where it begins further on, the journal was
-        copied before it was."""
+        """What follows in the `recent` file, which holds older records too. Where its first record is a later one, the
+        journal was copied before it was; where its first line is bad, it may be damaged."""
         try:
-            with open(self.path + RECENT, "rb", buffering=0) as file:  # in one piece: it may be in use
-                lines = io.BytesIO(file.read())
+            with open(self.path + RECENT, "rb", buffering=0) as file:
+                lines = list(io.BytesIO(file.read()))  # read in one piece: it may be in use
         except FileNotFoundError:
             return
         records = [(line, record) for line in lines if (record := _read_line(line)) is not None]
         first = records[0][1]["seq"] if records else math.inf
-        if first > self.seq + 1:
+        whole = not lines or lines[0] == b"\n" or _read_line(lines[0]) is not None
+        if first > self.seq + 1 and whole:
             return
         self.unsure = max(self.unsure, self.seq + 1 - first)
         for line, record in records:
@@ -1180,23 +1182,27 @@ class JournalReader:
             )
         self.seq, self.synced, self.end = header["seq"], header["synced"], len(line)
 
-    def _judge(self, file: io.BufferedReader, line: bytes) -> None:
-        """A bad line at `end`: damage if this or any later line tells that a record was synced which is nowhere."""
-        size = 0
-        while line:
-            size += len(line)
+    def _judge(self, file: io.BufferedReader, line: bytes, size: int) -> Iterator[dict[str, Any]]:
+        """A bad line at `end`: damage if this or any later line tells that a record was synced which is nowhere. Where
+        the recent file has what is missing, the good lines behind it are read on."""
+        while line and self.end + self.torn < size:
+            self.torn += len(line)
             record = _read_line(line)
             if record is not None:
                 self.synced = max(self.synced, record["synced"])
+                if self.lacking and record["seq"] == self.seq + 1:
+                    self.seq += 1
+                    self.lacking.append(line)
+                    yield record
             line = file.readline()
         if self.synced > self.seq:
             raise self._damaged(self.end, f"record {self.seq + 1} is not readable there, although it had been synced")
-        self.torn = size
 
     def _damaged(self, offset: int, what: str) -> DataError:
         return DataError(
             f"{self.path} is damaged at byte {offset}: {what}. Nothing was changed. Restore the file from a "
-            f"backup, or look at it with: python jobqueue.py check --dump {shlex.quote(self.path)}"
+            f"backup (without {os.path.basename(self.path)}{RECENT}), or look at it with: "
+            f"python jobqueue.py check --dump {shlex.quote(self.path)}"
         )
 
 
@@ -1339,36 +1345,36 @@ class Journal:
             self.seq = self.synced = reader.seq
             self.size = reader.end + sum(map(len, reader.lacking))
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | _BINARY)
+        # Before the first record: what was torn there had its number, and what stands behind that would seem to follow.
+        if self.durable and (reader is None or reader.version == self.VERSION):
+            self._recent.open()
+        else:
+            self._recent.remove()
         self.append('{"op":"open"}', urgent=True)
         _sync_data(self._file)
         self.synced, self._covered = self.seq, self.size
         self._reserve.fill()
         self._spent_at = self.size
-        if self.durable and (reader is None or reader.version == self.VERSION):
-            self._recent.open()
-        else:
-            self._recent.remove()
 
     def _rewrite(self, reader: JournalReader) -> None:
         """Write what is not known to be on the disk once more, where it stands, with the same bytes: so it takes no
         room, and a crash amid it harms nothing. Then what it lacks."""
         fd = os.open(self.path, os.O_RDWR | _BINARY)
         try:
-            os.ftruncate(fd, reader.end)
             at = _last_lines(fd, reader.end, reader.unsure)
             while at < reader.end:
                 os.lseek(fd, at, os.SEEK_SET)
-                chunk = os.read(fd, MIB)
+                chunk = os.read(fd, min(MIB, reader.end - at))
                 os.lseek(fd, at, os.SEEK_SET)
                 _write_all(fd, chunk)
                 at += len(chunk)
             os.lseek(fd, at, os.SEEK_SET)
             _write_all(fd, b"".join(reader.lacking))
+            os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))  # at last: some of what is lacking may have stood behind
             _sync_file(fd)
         finally:
             os.close(fd)
-        self._recent.remove()  # a torn record's number is given once more: nothing there must come to stand behind it
-        _sync_folder(self.folder)  # for this, and where a compaction was cut short between its rename and its own
+        _sync_folder(self.folder)  # a compaction may have been cut short between its rename and this
 
     def close(self) -> None:
         """Sync what there is and leave a closing record; without it the next start knows that this one crashed."""
@@ -1789,6 +1795,8 @@ class _Recent:
         if self._file < 0 or self._at + end - start > self.SIZE:
             return False
         try:
+            if not os.fstat(self._file).st_nlink:  # somebody removed it
+                return False
             data = os.pread(journal, end - start, start)
             if os.pwrite(self._file, data, self._at) < end - start:
                 return False
@@ -1812,6 +1820,7 @@ class _Recent:
         self.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
+            _sync_folder(os.path.dirname(self._path))
 
 
 class _Reserve:
@@ -2344,7 +2353,8 @@ class LocalEngine(Engine):
     def cancel(self, job_id: str) -> Future:
         job = self._find(job_id)
         if job.state == "cancelled":  # which is told once it is on the disk
-            return self._promise(JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id), job.seq)
+            refusal = JobQueueError("job_finished", f"job {job_id} is cancelled already", job_id)
+            return self._promise(refusal, job.seq, job_id)
         job = self._change(job, "cancel", finished=self._wall)
         return self._promise(job, job.seq, job_id)
 
@@ -6236,6 +6246,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             patience = None if self._due == math.inf else min(1.0, max(0.0, self._due - self.now))
             events = self.selector.select(0) if uncommitted or self._posted else self._wait(patience)
             self._look_at_the_clock()
+            self._run_posted()  # of the last turn's end, before what comes next on these connections, be it their end
             self._together = len(events) > 1
             try:
                 for key, mask in events:
@@ -7828,7 +7839,11 @@ def _outputs(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:
     """
     # Of its own thread: once communicate has been interrupted by its timeout, it writes no more.
     pipe, process.stdin = process.stdin, None
-    threading.Thread(target=_feed, args=(pipe, payload), daemon=True).start()
+    try:
+        threading.Thread(target=_feed, args=(pipe, payload), daemon=True).start()
+    except RuntimeError:  # none is to be had: it must not run on with nothing
+        _kill(process)
+        raise
     chances = 2
     while True:
         ended = _ended(process)

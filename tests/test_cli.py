@@ -1571,3 +1571,18 @@ def test_submit_tells_which_job_came_to_nothing_and_with_json_the_servers_answer
             assert (answer["code"], answer["job_id"]) == (f"job_{end}", job.id)
         else:
             assert done.stdout == b""
+
+
+def test_a_command_that_cannot_be_given_its_payload_does_not_run_on_without(monkeypatch):
+    begun, popen = [], subprocess.Popen
+
+    def no_thread(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: begun.append(popen(*given, **more)) or begun[0])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="thread"):
+        patch.setattr(threading.Thread, "start", no_thread)
+        jobqueue.run_command(["sleep", "60"], polled(1))
+    assert begun[0].wait(20) == -signal.SIGKILL
+    for pipe in (begun[0].stdout, begun[0].stderr):
+        pipe.close()

@@ -9,6 +9,7 @@ import gc
 import http.client
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -1083,6 +1084,28 @@ def test_after_a_sync_that_hung_the_serving_thread_leaves_the_next_to_another_fo
     clock.advance(2)
     assert left_to_another(0.0)  # by which it is found to be quick again
     assert not left_to_another(0.0)
+
+
+def test_a_request_that_waits_behind_another_is_served_though_its_client_sends_nothing_more(start, monkeypatch):
+    """The end of the stream comes with the answer to the first, which a sync at the end of a turn gives."""
+    server = start()
+    commit = jobqueue.LocalEngine.commit
+    with socket.create_connection(("127.0.0.1", server.port), 20) as client:
+
+        def commits(engine):
+            commit(engine)
+            with contextlib.suppress(OSError):  # a second time
+                client.shutdown(socket.SHUT_WR)
+
+        monkeypatch.setattr(jobqueue.LocalEngine, "commit", commits)
+        client.sendall(
+            b"POST /api/submit?wait=0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n1"
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
+        answers = b""
+        while data := client.recv(65536):
+            answers += data
+    assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"202", b"200"]
 
 
 def test_another_engine_can_take_the_place_of_the_local_one(start):

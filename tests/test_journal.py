@@ -636,7 +636,7 @@ def test_what_is_not_known_to_be_on_the_disk_is_written_once_more_after_an_uncle
     engine.close()
     written.clear()
     engine = open_engine(copy.parent, queue.clock)
-    assert [line[:1] for line in written] == [b"{", b"\n"] and json.loads(written[0])["op"] == "open"
+    assert [line[:1] for line in written] == [b"\n", b"{"] and json.loads(written[1])["op"] == "open"
     engine.close()
 
 
@@ -1799,3 +1799,17 @@ def test_that_a_job_is_cancelled_already_is_told_once_that_is_on_the_disk(make_q
     goes_on.set()
     assert first.result(PATIENCE).state == "cancelled"
     refused("job_finished", lambda: second)
+
+
+def test_whoever_cancels_for_the_second_time_when_the_disk_fails_is_told_which_job(make_queue, monkeypatch):
+    queue = make_queue()
+    job, goes_on = queue.submit(), threading.Event()
+
+    def fails(fd: int) -> None:
+        assert goes_on.wait(PATIENCE)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(jobqueue, "_sync_data", fails)
+    both = [queue.engine.cancel(job.id) for _ in range(2)]
+    goes_on.set()
+    assert [refused("outcome_unknown", lambda one=one: one).job_id for one in both] == [job.id] * 2

@@ -173,6 +173,14 @@ def test_a_clean_stop_leaves_the_journal_alone(tmp_path, clock):
     assert {path.name for path in (tmp_path / "data").iterdir()} == {".lock", "journal.jsonl", "reserve"}
 
 
+def crash_copy_of(folder, target):
+    """Of a folder that no engine has open."""
+    target.mkdir()
+    for path in folder.glob("journal.jsonl*"):
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
 def lacking(tmp_path, clock, jobs=6):
     """A folder after a power cut: the journal ends after two of the jobs, the rest is in the recent file alone."""
     engine = open_engine(tmp_path / "data", clock)
@@ -200,7 +208,7 @@ def test_what_the_journal_lacks_is_taken_from_the_recent_file_and_told_in_one_li
 
 def test_a_crash_while_that_is_done_harms_nothing(tmp_path, clock, monkeypatch):
     folder, ids = lacking(tmp_path, clock)
-    monkeypatch.setattr(jobqueue._Recent, "remove", lambda recent: 1 / 0)
+    monkeypatch.setattr(jobqueue._Recent, "open", lambda recent: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_engine(folder, clock)
     monkeypatch.undo()
@@ -226,15 +234,11 @@ def test_what_was_torn_in_the_recent_file_does_not_come_back_behind_a_start_that
     # Of two records that were being written, a submit and what was done with its job, the second got there.
     late = jobqueue.journal_line(last + 2, last, '{"op":"cancel","id":"a job that is nowhere","finished":0}')
     recent.write_bytes((b"".join(lines) + b"x" * 300 + b"\n" + late).ljust(jobqueue._Recent.SIZE, b"\n"))
-    monkeypatch.setattr(jobqueue._Recent, "open", lambda recent: 1 / 0)  # behind the sync of its "open"
+    monkeypatch.setattr(jobqueue._Reserve, "fill", lambda reserve: 1 / 0)  # behind the sync of its "open"
     with pytest.raises(ZeroDivisionError):
         open_engine(folder, clock)
     monkeypatch.undo()
-    again = tmp_path / "again"
-    again.mkdir()
-    for path in folder.glob("journal.jsonl*"):
-        (again / path.name).write_bytes(path.read_bytes())
-    engine = open_engine(again, clock)
+    engine = open_engine(crash_copy_of(folder, tmp_path / "again"), clock)
     assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
     engine.close()
 
@@ -245,8 +249,8 @@ def test_on_a_full_disk_the_reserve_makes_room_for_what_the_journal_lacks(tmp_pa
     write_all, reserve = jobqueue._write_all, folder / "reserve"
 
     def full(fd, data):
-        appends = os.lseek(fd, 0, os.SEEK_CUR) >= os.fstat(fd).st_size and name_of(fd).endswith(".jsonl")
-        if appends and data and (room == "none" or reserve.stat().st_size):
+        grows = os.lseek(fd, 0, os.SEEK_CUR) + len(data) > os.fstat(fd).st_size and name_of(fd).endswith(".jsonl")
+        if grows and (room == "none" or reserve.stat().st_size):
             os.write(fd, data[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
         write_all(fd, data)
@@ -312,15 +316,23 @@ def test_what_is_written_while_a_sync_runs_is_in_the_next(tmp_path, clock, monke
     engine.close()
 
 
-@pytest.mark.parametrize("damage", ["a byte of a record that the journal lacks", "the whole file is gone"])
+@pytest.mark.parametrize(
+    "damage",
+    ["a byte of a record that the journal lacks", "a byte of the first one", "the whole file is gone"],
+)
 def test_where_a_record_that_was_synced_is_in_neither_file_the_start_is_refused(tmp_path, clock, damage):
     folder, _ = lacking(tmp_path, clock)
     recent, journal = folder / "journal.jsonl.recent", folder / "journal.jsonl"
     lines = recent.read_bytes().splitlines(keepends=True)
     if damage.startswith("a byte"):
+        first = damage.endswith("first one")
         records = [number for number, line in enumerate(lines) if len(line) > 1]
-        lines[records[-3]] = lines[records[-3]].replace(b'"op"', b'"oq"')
+        bad = records[0 if first else -3]
+        lines[bad] = lines[bad].replace(b'"op"', b'"oq"')
         recent.write_bytes(b"".join(lines))
+        if first:  # nothing of what is there is in the journal
+            whole = journal.read_bytes().splitlines(keepends=True)
+            journal.write_bytes(b"".join(whole[: -2]))
     else:  # the journal itself tells what was synced
         later = [line for line in lines if len(line) > 1][-1]
         journal.write_bytes(journal.read_bytes() + later)
@@ -379,3 +391,91 @@ def test_check_counts_what_is_in_the_recent_file_alone(tmp_path, clock, capsys):
 @pytest.fixture(autouse=True)
 def _warnings(caplog):
     caplog.set_level(logging.WARNING, "jobqueue")
+
+
+def test_records_behind_a_gap_that_the_recent_file_fills_are_read_on(tmp_path, clock, monkeypatch):
+    """They were synced in the journal itself: the recent file was full."""
+    monkeypatch.setattr(jobqueue._Recent, "SIZE", 2_000)
+    engine = open_engine(tmp_path / "data", clock)
+    queue, synced = Queue(engine, clock, again=None), watched_syncs(monkeypatch)
+    ids = [queue.submit("1" * 100).id for _ in range(20)]
+    while not synced[-1].endswith(".jsonl"):
+        ids.append(queue.submit("1" * 100).id)
+    folder = crash_copy(engine, tmp_path / "crashed")
+    engine.close()
+    journal = folder / "journal.jsonl"
+    old = next(line for line in (folder / "journal.jsonl.recent").read_bytes().splitlines() if line)
+    journal.write_bytes(journal.read_bytes().replace(old, old.replace(b'"op"', b'"oq"')))
+    for name, call in (("again", "_write_all"), ("and again", "_sync_file")):  # a crash amid the repair harms nothing
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(jobqueue, call, lambda *_: 1 / 0)
+            open_engine(folder, clock)
+        folder = crash_copy_of(folder, tmp_path / name)
+    engine = open_engine(folder, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * len(ids)
+    engine.close()
+
+
+def test_a_repair_that_is_done_twice_loses_nothing(tmp_path, clock, monkeypatch):
+    folder, ids = lacking(tmp_path, clock)
+    real, tries = jobqueue._sync_folder, []
+
+    def fails_once(path):
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        if len(tries) == 2:
+            raise ZeroDivisionError  # and then it crashes
+        real(path)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(jobqueue, "_sync_folder", fails_once)
+        open_engine(folder, clock)
+    engine = open_engine(crash_copy_of(folder, tmp_path / "again"), clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 6
+    engine.close()
+
+
+def test_a_recent_file_that_somebody_removes_is_not_what_answers_wait_for(tmp_path, clock, monkeypatch):
+    engine = open_engine(tmp_path / "data", clock)
+    queue, synced = Queue(engine, clock, again=None), watched_syncs(monkeypatch)
+    queue.submit()
+    (tmp_path / "data" / "journal.jsonl.recent").unlink()
+    queue.submit()
+    assert [Path(name).name for name in synced] == ["journal.jsonl.recent", "journal.jsonl"]
+    engine.close()
+
+
+def test_what_is_written_while_somebody_reads_is_not_judged(tmp_path, clock, monkeypatch):
+    """As `check` does it beside the server: a line may be half written when it is read."""
+    engine = open_engine(tmp_path / "data", clock)
+    queue = Queue(engine, clock, again=None)
+    ids = [queue.submit().id for _ in range(3)]
+    folder = crash_copy(engine, tmp_path / "seen")
+    more = [queue.submit().id for _ in range(3)]
+    journal, seen = journal_of(engine).read_bytes(), folder / "journal.jsonl"
+    whole = len(seen.read_bytes())
+    seen.write_bytes(journal[: whole + 50])
+    read = jobqueue.JournalReader._read_recent
+
+    def meanwhile(reader):
+        yield from read(reader)
+        seen.write_bytes(journal)
+
+    monkeypatch.setattr(jobqueue.JournalReader, "_read_recent", meanwhile)
+    reader = jobqueue.JournalReader(str(seen))
+    found = {record.get("id") for record in reader}
+    assert found >= set(ids) and not found & set(more) and reader.torn
+    engine.close()
+
+
+def test_a_recent_file_of_which_nothing_can_be_read_is_none(tmp_path, clock):
+    """A first write that was torn; what it held was acknowledged to nobody."""
+    engine = open_engine(tmp_path / "data", clock)
+    job = Queue(engine, clock, again=None).submit()
+    folder = crash_copy(engine, tmp_path / "cut")
+    engine.close()
+    (folder / "journal.jsonl.recent").write_bytes(b'{"crc":"torn'.ljust(jobqueue._Recent.SIZE, b"\n"))
+    engine = open_engine(folder, clock)
+    assert engine.view(job.id, 0).result(10).state == "pending"
+    engine.close()
