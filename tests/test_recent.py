@@ -4,10 +4,13 @@ Here a power cut is what remains of the files: what was synced, and of the rest 
 system and its power, test_faults_power.py has it.
 """
 
+import contextlib
 import errno
+import functools
 import logging
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,59 +20,117 @@ import jobqueue
 from engine_contract import Queue
 from support import LONG, wait_until
 
-CUTS = 4_000 if LONG else 120
-SECTOR, PAGE = 512, 4096
+CRASHES = 20_000 if LONG else 400
+SECTOR = 512
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="a sync writes everything here")
 
 
-class Platter:
-    """What is on the disk for sure: each file as it was when it was synced last."""
+class Disk:
+    """The disk under a folder: what of its files is there for sure, and what a crash leaves of them.
 
-    def __init__(self, monkeypatch):
-        self.synced = {}
+    Each call of the system that changes something there is counted. Before number `at` the crash comes: what is left
+    then is kept, and the run goes on into the void. Call number `fault` fails.
+    """
+
+    CALLS = ("open", "write", "pwrite", "ftruncate", "replace", "unlink")
+
+    def __init__(self, monkeypatch, rng):
+        self._rng, self._lock, self._folder, self._files = rng, threading.RLock(), None, {}
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, functools.partial(self._call, name, getattr(os, name)))
         for name in ("_sync_data", "_sync_file"):
-            monkeypatch.setattr(jobqueue, name, self._watch(getattr(jobqueue, name)))
+            monkeypatch.setattr(jobqueue, name, self._sync)
+        monkeypatch.setattr(jobqueue, "_sync_folder", self._sync_folder)
 
-    def _watch(self, real):
-        def sync(fd):
-            content = Path(f"/proc/self/fd/{fd}").read_bytes() if os.path.isfile(f"/proc/self/fd/{fd}") else b""
-            real(fd)
-            self.synced[os.fstat(fd).st_ino] = content
+    def watch(self, folder, kill, at, fault):
+        """From now on; `kill`: the crash is a kill -9, which takes nothing away, else a power cut."""
+        self._folder, self._kill, self._at, self._fault = str(folder), kill, at, fault
+        self._count, self.left = 0, None
+        self._names = [self._list()]
+        for name in self._names[0].values():
+            self._files[name][1] = self._now(name)  # what a crash left is on the disk
 
-        return sync
+    def look_away(self):
+        """The run is over; return what is left of it, at its end where no crash came before."""
+        with self._lock:
+            self.left = self.left or self._remains()
+            self._folder = None
+            for file, _ in self._files.values():
+                os.close(file)
+            self._files.clear()
+        return self.left
 
-    def after_a_cut(self, folder, target, rng):
-        """Copy a folder as a power cut may leave it: of what was not synced, some sectors and pages are there."""
-        target.mkdir()
-        for path in folder.iterdir():
-            now, safe = path.read_bytes(), self.synced.get(path.stat().st_ino, b"")
-            if path.name == "journal.jsonl":
-                left = self._grown(now, safe, rng)
-            elif path.name == "journal.jsonl.recent":
-                left = self._written_over(now, safe, rng)
-            else:
-                continue
-            (target / path.name).write_bytes(left)
-        return target
+    def _list(self):
+        """{name: inode}; each file is held open, to be read after it was renamed or removed."""
+        names = {}
+        for name in os.listdir(self._folder):
+            if name.startswith("journal"):
+                file = os.open(f"{self._folder}/{name}", os.O_RDONLY)
+                names[name] = inode = os.fstat(file).st_ino
+                if inode in self._files:
+                    os.close(file)
+                else:
+                    self._files[inode] = [file, b""]
+        return names
 
-    @staticmethod
-    def _grown(now, safe, rng):
-        """The file's size may be anything in between, and pages that were not written are zeros."""
-        left = bytearray(now[: rng.choice((len(safe), rng.randint(len(safe), len(now)), len(now)))])
-        for start in range(0, len(left), PAGE):
-            hole = slice(max(start, len(safe)), min(start + PAGE, len(left)))
-            if hole.start < hole.stop and rng.random() < 0.3:
-                left[hole] = bytes(hole.stop - hole.start)
-        return bytes(left)
+    def _now(self, inode):
+        file = self._files[inode][0]
+        return os.pread(file, os.fstat(file).st_size, 0)
 
-    @staticmethod
-    def _written_over(now, safe, rng):
-        assert len(now) == len(safe) == jobqueue._Recent.SIZE
-        odds = rng.choice((0, 0.5, 1))
-        return b"".join(
-            (now if rng.random() < odds else safe)[start : start + SECTOR] for start in range(0, len(now), SECTOR)
-        )
+    def _is_ours(self, file):
+        path = name_of(file) if isinstance(file, int) else str(file)
+        return self._folder is not None and path.startswith(f"{self._folder}/journal")
+
+    def _before(self, call):
+        self._count += 1
+        if self._count == self._at:
+            self.left = self._remains()
+        if self._count == self._fault:
+            raise OSError(errno.EIO, f"fault at {call}")
+
+    def _call(self, call, real, file, *arguments, **more):
+        if not self._is_ours(file) or (call == "open" and not arguments[0] & os.O_CREAT):
+            return real(file, *arguments, **more)
+        with self._lock:
+            self._before(call)
+            result = real(file, *arguments, **more)
+            if call in ("open", "replace", "unlink"):
+                self._names.append(self._list())
+            return result
+
+    def _sync(self, fd):
+        with self._lock:
+            if not self._is_ours(fd):
+                return
+            inode = os.fstat(fd).st_ino
+            content = self._now(inode)
+            self._before("sync")
+            self._files[inode][1] = content
+            self._before("the end of a sync")
+
+    def _sync_folder(self, path):
+        with self._lock:
+            self._before("folder sync")
+            self._names = [self._list()]
+            self._before("the end of a folder sync")
+
+    def _remains(self):
+        """The files as they are, or as a power cut may leave them: of each, sectors as they were synced, as they are,
+        or zeros where it has grown, and as many; and the folder as it was at any moment since it was synced."""
+        if self._kill:
+            return {name: self._now(inode) for name, inode in self._list().items()}
+        odds, left = self._rng.choice((0, 0.3, 0.5, 0.9, 1)), {}
+        for name, inode in self._rng.choice((self._rng.choice(self._names), self._names[-1])).items():
+            now, safe = self._now(inode), self._files[inode][1]
+            low, high = sorted((len(now), len(safe)))
+            size = self._rng.choice((len(safe), len(now), self._rng.randint(low, high)))
+            pieces = []
+            for start in range(0, size, SECTOR):
+                end = min(start + SECTOR, size)
+                pieces.append((now if self._rng.random() < odds else safe)[start:end].ljust(end - start, b"\0"))
+            left[name] = b"".join(pieces)
+        return left
 
 
 def name_of(fd):
@@ -83,57 +144,105 @@ def watched_syncs(monkeypatch):
     return synced
 
 
-def some_work(queue, rng, told):
-    """Do some things, and note what was acknowledged."""
-    for _ in range(rng.randint(1, 30)):
-        act = rng.random()
-        if act < 0.5:
-            told[queue.submit("1" * rng.randint(1, 300)).id] = None
-        elif act < 0.6:
-            told.update(dict.fromkeys(queue.submit_many(rng.randint(1, 12))))
-        elif jobs := queue.wait_for(wait=0).result(10):
-            result = str(rng.randint(0, 10 ** rng.randint(1, 300)))
-            queue.complete(jobs[0], result)
-            told[jobs[0].id] = result.encode()
+class Story:
+    """What was done with the queue of a folder, over its crashes, and what was acknowledged before them."""
 
+    def __init__(self, disk, rng):
+        self.disk, self.rng = disk, rng
+        self.told, self.known = {}, set()  # id -> its result, if one was told; what may be there
 
-def is_there(engine, job_id, result):
-    job = engine.view(job_id, 0).result(10)
-    return job.state == "completed" and job.result == result if result else job.state != "completed"
+    def holds(self, engine):
+        """Is all of it there, and nothing that was not there before?"""
+        there = self._jobs(engine)
+        assert there.keys() <= self.known, "what was gone came back"
+        for job_id, result in self.told.items():
+            assert job_id in there, f"{job_id} is lost"
+            assert result is None or there[job_id].result == result, f"the result of {job_id} is lost"
+        self.known = set(there)
+
+    @staticmethod
+    def _jobs(engine):
+        return {job.id: job for job in engine.jobs(None, None, 5_000, None)[0]}
+
+    def acknowledged(self, job_id, result=None):
+        if self.disk.left is None:
+            self.told[job_id] = result
+
+    def go_on(self, queue):
+        """Some work, until the crash."""
+        try:
+            self._work(queue)
+        finally:  # what was refused as `outcome_unknown` may be there
+            self.known |= self._jobs(queue.engine).keys()
+
+    def _work(self, queue):
+        for _ in range(self.rng.randint(1, 25)):
+            act = self.rng.random()
+            if act < 0.6:
+                group = [queue.hold("1" * self.rng.randint(1, 300), 0) for _ in range(self.rng.choice((1, 1, 9)))]
+                for future in group:
+                    self.acknowledged(future.result(10)[0].id)
+            elif act < 0.7:
+                for job_id in queue.submit_many(self.rng.randint(1, 12)):
+                    self.acknowledged(job_id)
+            elif jobs := queue.wait_for(wait=0).result(10):
+                result, before = str(self.rng.randint(0, 10 ** self.rng.randint(1, 300))), self.told.pop(jobs[0].id, 0)
+                queue.complete(jobs[0], result)
+                if before is None:
+                    self.told[jobs[0].id] = None
+                self.acknowledged(jobs[0].id, result.encode())
+            if self.disk.left is not None:
+                return
 
 
 @pytest.mark.timeout(3600 if LONG else 120)
-@pytest.mark.parametrize("compact_bytes", [1 << 30, 5_000], ids=["growing", "compacted"])
-def test_whatever_a_power_cut_leaves_of_the_two_files_nothing_acknowledged_is_lost(
-    tmp_path, clock, monkeypatch, seed, caplog, compact_bytes
+@pytest.mark.parametrize("faults", [False, True], ids=["crashes", "and calls that fail"])
+def test_a_crash_at_any_call_loses_nothing_acknowledged_and_brings_back_nothing_that_was_gone(
+    tmp_path, clock, monkeypatch, seed, faults
 ):
-    rng, platter, restored, laps = random.Random(seed), Platter(monkeypatch), 0, 0
-    restart = jobqueue._Recent.restart
-
-    def counted(recent):
-        nonlocal laps
-        laps += 1
-        restart(recent)
-
+    rng, restored, at_start = random.Random(seed), 0, 0
+    disk = Disk(monkeypatch, rng)
     monkeypatch.setattr(jobqueue._Recent, "SIZE", 8 * SECTOR)
-    monkeypatch.setattr(jobqueue._Recent, "restart", counted)
-    folder, told = tmp_path / "0", {}
-    for number in range(1, CUTS // 2 + 1):
-        engine = open_engine(folder, clock, compact_bytes=compact_bytes, keep_jobs=1_000_000)
-        queue = Queue(engine, clock, again=None)
-        assert [job for job, result in told.items() if not is_there(engine, job, result)] == []
-        some_work(queue, rng, told)
-        wait_for_compaction()
-        left = platter.after_a_cut(folder, tmp_path / str(number), rng)
-        engine.close()
-        reader = jobqueue.JournalReader(str(left / "journal.jsonl"))
-        list(reader)
-        restored += len(reader.lacking)
-        folder = left
-        if number % 25 == 0:  # anew, or the journal holds thousands of jobs
-            folder, told = tmp_path / f"{number}+", {}
-    print(f"{CUTS // 2} cuts, {restored} records were in the recent file alone, {laps} times it was full")
-    assert restored > CUTS and laps > CUTS // 4
+    monkeypatch.setattr(jobqueue._Reserve, "_allocate", lambda reserve, fd: None)
+    story, left = Story(disk, rng), {}
+    for number in range(CRASHES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, content in left.items():
+            (folder / name).write_bytes(content)
+        at = rng.choice((rng.randint(1, 16), rng.randint(1, 60), rng.randint(1, 200)))
+        disk.watch(folder, rng.random() < 0.25, at, rng.randint(1, 120) if faults else 0)
+        compact = rng.choice((5_000, 1 << 30))
+        with contextlib.suppress(*((jobqueue.DiskError, jobqueue.JobQueueError) if faults else ())):
+            engine = open_engine(folder, clock, compact_bytes=compact, keep_jobs=1_000_000)
+            try:
+                story.holds(engine)
+                if disk.left is None:
+                    story.go_on(Queue(engine, clock, again=None))
+                else:
+                    at_start += 1
+                if rng.random() < 0.2:
+                    wait_for_compaction()
+            finally:
+                engine.close()
+        left = disk.look_away()
+        restored += len(jobqueue_lacks(left, tmp_path / f"{number}+"))
+        if number % 25 == 24:  # anew, or the journal holds thousands of jobs
+            story, left = Story(disk, rng), {}
+    print(f"{CRASHES} crashes, {at_start} amid a start; {restored} records were in the recent file alone")
+    assert restored > CRASHES // 4 and at_start > CRASHES // 20
+
+
+def jobqueue_lacks(left, folder):
+    """The lines that a journal lacks and its recent file has."""
+    folder.mkdir()
+    for name, content in left.items():
+        (folder / name).write_bytes(content)
+    if "journal.jsonl" not in left:
+        return []
+    reader = jobqueue.JournalReader(str(folder / "journal.jsonl"))
+    list(reader)
+    return reader.lacking
 
 
 def test_an_answer_waits_for_the_recent_file_and_the_journal_is_synced_when_that_is_full(
@@ -295,21 +404,23 @@ def test_of_a_recent_file_whose_journal_was_removed_nothing_comes_back(tmp_path,
 
 
 def test_what_is_written_while_a_sync_runs_is_in_the_next(tmp_path, clock, monkeypatch):
-    platter = Platter(monkeypatch)
-    engine = open_engine(tmp_path / "data", clock)
-    queue, sync, told = Queue(engine, clock, again=None), jobqueue._sync_data, []
+    sync, synced, queues, told = jobqueue._sync_data, {}, [], []
 
     def busy(fd):
+        content = Path(f"/proc/self/fd/{fd}").read_bytes()
         sync(fd)
-        if not told:
-            told.append(queue.hold(None, 0))
+        synced[Path(name_of(fd)).name] = content
+        if queues and not told:
+            told.append(queues[0].hold(None, 0))
 
     monkeypatch.setattr(jobqueue, "_sync_data", busy)
-    ids = [queue.submit().id, *(future.result(10)[0].id for future in told)]
+    engine = open_engine(tmp_path / "data", clock)
+    queues.append(Queue(engine, clock, again=None))
+    ids = [queues[0].submit().id, *(future.result(10)[0].id for future in told)]
     cut = tmp_path / "cut"
     cut.mkdir()
-    for path in (tmp_path / "data").iterdir():
-        (cut / path.name).write_bytes(platter.synced.get(path.stat().st_ino, b""))
+    for name, content in synced.copy().items():
+        (cut / name).write_bytes(content)
     engine.close()
     engine = open_engine(cut, clock)
     assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 2
