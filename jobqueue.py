@@ -1022,7 +1022,7 @@ else:
     _sync_data = _sync_file = os.fsync
 
 
-RECENT = ".recent"  # behind the journal's name
+_RECENT = ".recent"  # behind the journal's name
 
 
 def _sync_folder(path: str) -> None:
@@ -1153,7 +1153,7 @@ class JournalReader:
         """What follows in the `recent` file, which holds older records too. Where its first record is a later one, the
         journal was copied before it was; where its first line is bad, it may be damaged."""
         try:
-            with open(self.path + RECENT, "rb", buffering=0) as file:
+            with open(self.path + _RECENT, "rb", buffering=0) as file:
                 lines = list(io.BytesIO(file.read()))  # read in one piece: it may be in use
         except FileNotFoundError:
             return
@@ -1201,7 +1201,7 @@ class JournalReader:
     def _damaged(self, offset: int, what: str) -> DataError:
         return DataError(
             f"{self.path} is damaged at byte {offset}: {what}. Nothing was changed. Restore the file from a "
-            f"backup (without {os.path.basename(self.path)}{RECENT}), or look at it with: "
+            f"backup (without {os.path.basename(self.path)}{_RECENT}), or look at it with: "
             f"python jobqueue.py check --dump {shlex.quote(self.path)}"
         )
 
@@ -1259,7 +1259,7 @@ class Journal:
         except OSError as error:
             raise DataError(f"{folder} cannot be used as the data folder: {error.strerror}") from None
         self._reserve = _Reserve(os.path.join(folder, "reserve"), settings.reserve)
-        self._recent = _Recent(self.path + RECENT)
+        self._recent = _Recent(self.path + _RECENT)
         self._covered = 0  # bytes of the file that are on the disk, in itself or as recent ones
 
     # -- start and stop
@@ -3643,7 +3643,7 @@ def error_response(error: JobQueueError, headers: tuple[tuple[str, str], ...] = 
     if error.allow:
         headers += (("Allow", error.allow),)
     close = error.code == "too_many_clients"
-    body = json_text(problem).encode(errors="backslashreplace")  # half a surrogate pair, as the caller sent it
+    body = json_text(problem).encode(errors="replace")  # half a surrogate pair, as the caller sent it, is no character
     return Response(error.status, body, "application/problem+json", headers, close)
 
 
@@ -4279,7 +4279,7 @@ METRICS = {
     "jobqueue_disk_full": ("gauge", "1 while the disk's reserve is in use and submits are refused"),
     "jobqueue_job_wait_seconds": ("histogram", "Time from submit to the first hand-over"),
     "jobqueue_commit_seconds": ("histogram", "Time the first answer of a group waited for the disk"),
-    "jobqueue_fsync_seconds": ("histogram", "Time of a sync of the journal"),
+    "jobqueue_fsync_seconds": ("histogram", "Time of a sync, of the journal or its recent file"),
     "jobqueue_http_request_duration_seconds": (
         "histogram",
         "HTTP requests by method, route and status, held ones included",
@@ -8458,6 +8458,7 @@ def check(arguments: argparse.Namespace) -> int:
         "format": reader.version,
         "bytes": reader.end,
         "records": records,
+        "recent_records": len(reader.lacking),
         "clean_stop": reader.clean,
         "torn_bytes": reader.torn,
         "jobs": {state: counts[state] for state in STATES},
@@ -8465,6 +8466,7 @@ def check(arguments: argparse.Namespace) -> int:
     text = f"{path}: good, format {reader.version}, {records} records, {reader.end} bytes, "
     text += "closed cleanly" if reader.clean else "not closed"
     text += f"; a torn tail of {reader.torn} bytes, which nobody was told of, will be cut off" if reader.torn else ""
+    text += f"; {len(reader.lacking)} of them from {_RECENT[1:]}, the end that it lacks" if reader.lacking else ""
     if arguments.json:
         _write(json_text(answer).encode() + b"\n")
     else:

@@ -7,6 +7,7 @@ system and its power, test_faults_power.py has it.
 import contextlib
 import errno
 import functools
+import json
 import logging
 import os
 import random
@@ -496,7 +497,10 @@ def test_a_journal_that_an_older_version_may_read_has_no_recent_file_until_it_is
 def test_check_counts_what_is_in_the_recent_file_alone(tmp_path, clock, capsys):
     folder, _ = lacking(tmp_path, clock)
     assert jobqueue.main(["check", str(folder)]) == 0
-    assert "6 pending" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 pending" in said and "4 of them from recent" in said
+    assert jobqueue.main(["check", "--json", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["recent_records"] == 4
 
 
 @pytest.fixture(autouse=True)

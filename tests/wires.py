@@ -156,6 +156,7 @@ def check_problem(answer: Answer) -> dict[str, Any]:
     assert problem["error"] == problem["detail"]
     assert problem["title"] and problem["detail"]
     assert "Traceback" not in answer.body.decode()
+    assert problem["detail"].encode(), "half a surrogate pair is JSON for Python alone"
     return problem
 
 
