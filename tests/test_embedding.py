@@ -758,7 +758,7 @@ def test_ctrl_c_amid_a_call_leaves_it_done_or_not_done_and_the_journal_whole(tmp
     assert done.returncode == 0, done.stderr.decode()
 
 
-STOPPED_TWICE = """
+STOPPED_AGAIN = """
 import signal, socket, sys, threading, time, jobqueue
 server = jobqueue.Server(data_dir=sys.argv[1], port=0, grpc_port=0).start()
 server.submit(b"1")
@@ -767,18 +767,26 @@ deaf = socket.socket()
 deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 deaf.connect(("127.0.0.1", server.port))
 deaf.sendall(b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n" * 400)
-def interrupt():
-    while not server._http.stopping:  # the engine is closed by then
+def stops():
+    frame, names = sys._current_frames()[threading.main_thread().ident], set()
+    while frame:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return "stop" in names
+def interrupt(after):
+    while not (server._http.stopping and stops()):  # the engine is closed by then
         time.sleep(0.005)
+    time.sleep(after)
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-threading.Thread(target=interrupt, daemon=True).start()
-try:
-    server.stop(drain=0)
-except KeyboardInterrupt:
-    pass
-else:
-    sys.exit("the first stop was not interrupted")
-assert not server.stopped.is_set()
+for after in (0, 0.5, 1):  # where grpcio stops; where the deaf one is waited for
+    threading.Thread(target=interrupt, args=(after,), daemon=True).start()
+    try:
+        server.stop(drain=0)
+    except KeyboardInterrupt:
+        pass
+    else:
+        sys.exit("the stop was not interrupted")
+    assert not server.stopped.is_set()
 deaf.close()
 server.stop(drain=0)
 assert server.stopped.is_set()
@@ -789,7 +797,7 @@ with jobqueue.Server(data_dir=sys.argv[1], port=0, grpc_port=None, drain=0) as s
 
 
 def test_a_stop_that_ctrl_c_ended_late_is_finished_by_another(tmp_path):
-    command = [sys.executable, "-c", STOPPED_TWICE, str(tmp_path / "data")]
+    command = [sys.executable, "-c", STOPPED_AGAIN, str(tmp_path / "data")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr.decode()) == (0, "")
 
