@@ -1142,16 +1142,16 @@ class JournalReader:
                 yield record
             self.seq, self.synced, self.end, self.unsure = seq, synced, end, seq - synced
             if self.version > 1 and (bad or op != "close"):
-                yield from self._read_recent()
+                yield from self._read_recent(bad)
             if bad:
                 yield from self._judge(file, bad, size)
             if self.synced > self.seq:
                 raise self._damaged(end, f"it ends before record {self.synced}, which had been synced")
             self.clean = op == "close" and not bad
 
-    def _read_recent(self) -> Iterator[dict[str, Any]]:
+    def _read_recent(self, bad: bytes) -> Iterator[dict[str, Any]]:
         """What follows in the `recent` file, which holds older records too. Where its first record is a later one, the
-        journal was copied before it was; where its first line is bad, it may be damaged."""
+        journal was copied before it was, perhaps amid a line; else one of the two is damaged."""
         try:
             with open(self.path + _RECENT, "rb", buffering=0) as file:
                 lines = list(io.BytesIO(file.read()))  # read in one piece: it may be in use
@@ -1160,7 +1160,8 @@ class JournalReader:
         records = [(line, record) for line in lines if (record := _read_line(line)) is not None]
         first = records[0][1]["seq"] if records else math.inf
         whole = not lines or lines[0] == b"\n" or _read_line(lines[0]) is not None
-        if first > self.seq + 1 and whole:
+        cut_short = bad[-1:] != b"\n" and _read_line(bad[:-1] + b"\n") is None
+        if first > self.seq + 1 and whole and cut_short:
             return
         self.unsure = max(self.unsure, self.seq + 1 - first)
         for line, record in records:

@@ -393,6 +393,24 @@ def test_a_copy_of_the_journal_with_a_later_recent_file_is_whole_up_to_its_own_e
     engine.close()
 
 
+@pytest.mark.parametrize("at", [-1, -20], ids=["its line end", "a byte within"])
+def test_a_damaged_record_before_those_of_the_recent_file_is_not_taken_for_the_end_of_a_copy(tmp_path, clock, at):
+    folder, jobs = lacking(tmp_path, clock)
+    journal, recent = folder / "journal.jsonl", folder / "journal.jsonl.recent"
+    lines, size = recent.read_bytes().splitlines(keepends=True), jobqueue._Recent.SIZE
+    last = journal.read_bytes().splitlines(keepends=True)[-1]
+    recent.write_bytes(b"".join(lines[lines.index(last) + 1 :]).ljust(size, b"\n"))  # begins behind the journal's end
+    engine = open_engine(crash_copy_of(folder, tmp_path / "whole"), clock)
+    assert {engine.view(job, 0).result(10).state for job in jobs} == {"pending"}
+    engine.close()
+    data = bytearray(journal.read_bytes())
+    data[at] ^= 1
+    journal.write_bytes(data)
+    with pytest.raises(jobqueue.DataError, match="had been synced"):
+        open_engine(folder, clock)
+    assert journal.read_bytes() == data
+
+
 def test_of_a_recent_file_whose_journal_was_removed_nothing_comes_back(tmp_path, clock, monkeypatch):
     folder, _ = lacking(tmp_path, clock)
     (folder / "journal.jsonl").unlink()
@@ -573,8 +591,8 @@ def test_what_is_written_while_somebody_reads_is_not_judged(tmp_path, clock, mon
     seen.write_bytes(journal[: whole + 50])
     read = jobqueue.JournalReader._read_recent
 
-    def meanwhile(reader):
-        yield from read(reader)
+    def meanwhile(reader, bad):
+        yield from read(reader, bad)
         seen.write_bytes(journal)
 
     monkeypatch.setattr(jobqueue.JournalReader, "_read_recent", meanwhile)
