@@ -1401,7 +1401,8 @@ class Journal:
             _sync_data(self._file)
         except OSError:
             os.ftruncate(self._file, end)  # not sure to be on the disk: no closing record, then
-        self._recent.remove()
+        with contextlib.suppress(OSError):
+            self._recent.remove()
 
     def abandon(self) -> None:
         """Let go of the folder and leave the file as it is."""
@@ -1778,7 +1779,8 @@ class _Recent:
         self._path, self._file, self._at = path, -1, 0
 
     def open(self) -> None:
-        """Begin anew, when the journal is on the disk. Where there is no room, the journal itself is synced."""
+        """Begin anew, when the journal is on the disk. Where there is no room, the journal itself is synced; OSError
+        where there is no room and it cannot be removed either."""
         if not hasattr(os, "fdatasync"):  # macOS and Windows: a sync writes everything there
             return
         self.close()
@@ -1817,9 +1819,10 @@ class _Recent:
             os.close(file)
 
     def remove(self) -> None:
-        """Give the room back: the journal has it all."""
+        """Give the room back: the journal has it all. OSError: it may stay, and its records seem to follow those that
+        the journal ends with."""
         self.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
             _sync_folder(os.path.dirname(self._path))
 

@@ -494,6 +494,35 @@ def test_without_room_for_the_recent_file_the_journal_itself_is_synced(tmp_path,
     engine.close()
 
 
+@pytest.mark.parametrize("call", ["unlink", "fsync"])
+def test_where_the_recent_file_can_neither_be_written_nor_removed_the_start_is_refused(
+    tmp_path, clock, monkeypatch, call
+):
+    """What was torn there would seem to follow what is written now."""
+    folder, ids = lacking(tmp_path, clock)
+    write, real, tried = os.write, getattr(os, call), []
+
+    def refused_write(file, data):
+        if name_of(file).endswith(".recent"):
+            tried.append(data)
+            raise OSError(errno.EIO, "Input/output error")
+        return write(file, data)
+
+    def refused(file, *arguments):
+        name = name_of(file) if isinstance(file, int) else str(file)
+        if name.endswith(".recent") or (tried and name == str(folder)):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(jobqueue.DiskError, match="Input/output error"):
+        patch.setattr(os, "write", refused_write)
+        patch.setattr(os, call, refused)
+        open_engine(folder, clock)
+    engine = open_engine(folder, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * len(ids)
+    engine.close()
+
+
 def test_a_journal_that_an_older_version_may_read_has_no_recent_file_until_it_is_written_anew(tmp_path, clock):
     """The older one would not look there."""
     folder = tmp_path / "data"
