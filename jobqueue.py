@@ -1687,6 +1687,7 @@ class Journal:
         try:
             new.follow()
             new.sync()
+            self._remove_recent()
             with self._tail:
                 new.follow()
                 os.replace(new.path, self.path)
@@ -1707,6 +1708,19 @@ class Journal:
                 self._recent.open()
         except OSError as error:
             self._fail(error)
+
+    def _remove_recent(self) -> None:
+        """Before the switch: its records have numbers that the snapshot's have, too, and could stand in for those."""
+        if not self.durable:
+            return
+        try:
+            seq, end = self.seq, self.size
+            _sync_data(self._file)
+            self.synced, self._covered = seq, end
+            self._recent.remove()
+        except OSError as error:
+            self._fail(error)
+            raise
 
 
 class _NewFile:

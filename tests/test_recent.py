@@ -494,6 +494,33 @@ def test_without_room_for_the_recent_file_the_journal_itself_is_synced(tmp_path,
     engine.close()
 
 
+def test_records_from_before_a_compaction_do_not_stand_in_for_damaged_ones_of_it(tmp_path, clock, monkeypatch):
+    """They have the same numbers. The crash comes right behind the switch."""
+    engine, copies = open_engine(tmp_path / "data", clock, compact_bytes=1_000, keep_jobs=0), []
+    queue, replace = Queue(engine, clock, again=None), os.replace
+
+    def replaced(source, target):
+        replace(source, target)
+        copies.append(crash_copy_of(tmp_path / "data", tmp_path / f"cut-{len(copies)}"))
+
+    monkeypatch.setattr(os, "replace", replaced)
+    ids = [queue.submit(number).id for number in range(20)]
+    while not copies:
+        queue.cancel(queue.submit())
+        wait_for_compaction()
+    engine.close()
+    journal = copies[0] / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    snapshot = [number for number, line in enumerate(lines) if any(job.encode() in line for job in ids)]
+    assert len(snapshot) == len(ids)
+    for number in snapshot:
+        damaged = lines.copy()
+        damaged[number] = damaged[number].replace(b'"op"', b'"oq"')
+        journal.write_bytes(b"".join(damaged))
+        with pytest.raises(jobqueue.DataError, match="had been synced"):
+            open_engine(copies[0], clock)
+
+
 @pytest.mark.parametrize("call", ["unlink", "fsync"])
 def test_where_the_recent_file_can_neither_be_written_nor_removed_the_start_is_refused(
     tmp_path, clock, monkeypatch, call
