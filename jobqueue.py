@@ -7477,9 +7477,13 @@ class Client:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
         self._url, self._parts, self._path = url, parts, parts.path.rstrip("/")
-        self._address = parts.hostname, parts.port  # a ValueError where that is no port
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._context = self._tls(ca, certificate) if parts.scheme == "https" else None
+        kind, options = http.client.HTTPConnection, {}
+        if parts.scheme == "https":
+            kind, options = http.client.HTTPSConnection, {"context": self._tls(ca, certificate)}
+        # Where none is given, http.client would look for one in the host, and find it in ::1.
+        port = kind.default_port if parts.port is None else parts.port  # a ValueError where that is no port
+        self._make_connection = functools.partial(kind, parts.hostname, port, **options)
         self._connection: http.client.HTTPConnection | None = None
         self._cut: int | None = None  # how it was shut from another thread, be it before it was there
 
@@ -7547,10 +7551,7 @@ class Client:
 
     def _connect(self, timeout: float | None) -> http.client.HTTPConnection:
         if self._connection is None:
-            if self._context:
-                self._connection = http.client.HTTPSConnection(*self._address, context=self._context)
-            else:
-                self._connection = http.client.HTTPConnection(*self._address)
+            self._connection = self._make_connection()
         self._connection.timeout = timeout
         if self._connection.sock is None:
             self._connection.connect()

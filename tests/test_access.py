@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import random
 import re
@@ -63,15 +64,27 @@ def test_a_wider_host_without_tokens_is_refused(host, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def needs_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
 def test_a_host_of_this_machine_alone_needs_no_tokens(host, tmp_path):
     if host == "::1":  # the one that a machine may lack; whatever else is refused is the server's doing
-        try:
-            socket.create_server((host, 0), family=socket.AF_INET6).close()
-        except OSError as error:
-            pytest.skip(f"this machine has no {host}: {error}")
+        needs_ipv6()
     with running(tmp_path, host=host) as server:
         assert call(server.url, "GET", "/health").status == 200
+
+
+def test_a_client_reaches_an_address_with_colons_also_without_a_port(tmp_path, monkeypatch):
+    needs_ipv6()
+    with running(tmp_path, host="::1") as server:
+        monkeypatch.setattr(http.client.HTTPConnection, "default_port", server.port)
+        with contextlib.closing(jobqueue.Client("http://[::1]")) as client:
+            assert client.call("GET", "/health", timeout=10)[0] == 200
 
 
 def test_a_wider_host_starts_with_tokens_or_when_told_that_it_is_insecure(tmp_path):
