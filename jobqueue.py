@@ -3541,7 +3541,9 @@ class JobService:
 
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
         """Future of an Outcome; of a long error the end is kept, where a traceback says what happened."""
-        return self.engine.fail(job_id, token, error[-MAX_ERROR:], retry is not False, delay)
+        # A program's error may name a file whose name is no text: halves of a surrogate pair, which are escaped.
+        error = error[-MAX_ERROR:].encode(errors="backslashreplace").decode()[-MAX_ERROR:]
+        return self.engine.fail(job_id, token, error, retry is not False, delay)
 
     def requeue_all(self, state: str, queue: str | None) -> tuple[int, str | None]:
         """Requeue all jobs in that final state, a page at a time, so that the queue goes on meanwhile. How many, and
@@ -7753,7 +7755,7 @@ class Verdict(NamedTuple):
 
 def failure(why: bytes | str, retry: bool, **query: str) -> Verdict:
     """A failed attempt, for `why`; `retry`: may it be tried again?"""
-    why = why.encode() if isinstance(why, str) else why
+    why = why.encode(errors="backslashreplace") if isinstance(why, str) else why  # a command's name may be no text
     return Verdict("fail", why, {}, {"retry": "true" if retry else "false", **query})
 
 
@@ -7849,8 +7851,8 @@ def run_command(command: list[str], job: PolledJob) -> Verdict:
     output, errors = _outputs(process, job.payload)
     if process.returncode == 0:
         return Verdict("complete", output)
-    text = errors[-4096:].strip() or f"{command[0]} ended with {process.returncode}".encode()
-    return failure(text, retry=process.returncode == EXIT_RETRY)
+    why = errors[-4096:].strip() or f"{command[0]} ended with {process.returncode}"
+    return failure(why, retry=process.returncode == EXIT_RETRY)
 
 
 def _outputs(process: subprocess.Popen, payload: bytes) -> tuple[bytes, bytes]:

@@ -989,6 +989,15 @@ def test_any_other_exit_fails_for_good_with_the_end_of_stderr(server, client, qu
     assert client.view(killed)["error"] == "sh ended with -9"
 
 
+def test_a_command_whose_name_is_no_text_fails_its_job_for_good_too(tmp_path):
+    command = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    with open(command, "w", opener=lambda path, flags: os.open(path, flags, 0o700)) as script:
+        script.write("#!/bin/sh\nexit 1\n")
+    verdict = jobqueue.run_command([command], polled(1))
+    assert (verdict.verb, verdict.query["retry"]) == ("fail", "false")
+    assert verdict.body.endswith(rb"/\udcff ended with 1")
+
+
 def test_a_command_that_is_not_there_is_exit_2_and_no_job_is_touched(server, client, queue):
     job_id = client.put(queue=queue)
     for command in ("convrt", "/nowhere/command"):

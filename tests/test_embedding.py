@@ -564,6 +564,15 @@ def test_a_job_may_be_failed_for_good(start):
         future.result(10)
 
 
+def test_an_error_that_names_a_file_whose_name_is_no_text_is_taken(start):
+    server = start()
+    future = server.submit(b"1")
+    next(server.jobs()).fail(f"cannot open {os.fsdecode(bytes([0xFF]))}", retry=False)
+    with pytest.raises(jobqueue.JobQueueError, match=re.escape(r"cannot open \udcff")):
+        future.result(10)
+    assert Client(server).view(future.job_id)["error"] == r"cannot open \udcff"
+
+
 def test_a_released_job_comes_back_uncounted(start):
     server = start()
     server.submit(b"1")
