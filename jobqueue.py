@@ -164,19 +164,34 @@ def _choice(*allowed: str) -> Callable[[str, Any], str]:
     return parse
 
 
-def _port(name: str, given: Any) -> int | None:
-    return None if given in (None, "off") else _number(int, 0, 65535)(name, given)
+_port = _number(int, 0, 65535)
 
 
-def _text(name: str, given: Any) -> str | None:
+def _port_or_off(name: str, given: Any) -> int | None:
+    try:
+        return None if given in (None, "off") else _port(name, given)
+    except ValueError as error:
+        raise ValueError(f"{error}; 'off' runs without") from None
+
+
+def _text(name: str, given: Any) -> str:
     if given == "":  # what "$UNSET" comes to: without its file of tokens, a server would be open to all
         raise ValueError(f"{name} is empty; leave it out to run without")
-    return None if given is None else os.fspath(given)
+    text = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text, got {given!r}")
+    return text
+
+
+def _text_or_none(name: str, given: Any) -> str | None:
+    return None if given is None else _text(name, given)
 
 
 def _names(name: str, given: Any) -> tuple[str, ...]:
-    words = given.split(",") if isinstance(given, str) else given or ()
-    return tuple(word.strip().lower() for word in words if word.strip())
+    with contextlib.suppress(TypeError, AttributeError):
+        words = given.split(",") if isinstance(given, str) else given or ()
+        return tuple(word.strip().lower() for word in words if word.strip())
+    raise ValueError(f"{name} must be names, got {given!r}")
 
 
 def _switch(name: str, given: Any) -> bool:
@@ -225,8 +240,8 @@ _ATTEMPTS = _number(int, 1, 100)
 
 SETTINGS = (
     Setting("host", _text, "127.0.0.1", "address to listen on; a wider one wants --tokens (or --insecure)"),
-    Setting("port", _number(int, 0, 65535), 3000, "HTTP port; 0 takes a free one", "PORT"),
-    Setting("grpc_port", _port, 50051, "gRPC port; 0 takes a free one, 'off' runs without gRPC", "GRPC_PORT"),
+    Setting("port", _port, 3000, "HTTP port; 0 takes a free one", "PORT"),
+    Setting("grpc_port", _port_or_off, 50051, "gRPC port; 0 takes a free one, 'off' runs without gRPC", "GRPC_PORT"),
     Setting("data_dir", _text, "data", "folder of the journal; made when it is not there"),
     Setting("fsync", _choice("always", "interval", "never"), "always", "when an answer waits for the disk"),
     Setting("fsync_interval", SECONDS, 0.05, "seconds between two syncs with --fsync interval"),
@@ -258,10 +273,10 @@ SETTINGS = (
     ),
     Setting("compact_bytes", COUNT, 64 * MIB, "size from which the journal is compacted, when half of it is dead"),
     Setting("grpc_threads", _number(int, 4, 10_000), 128, "threads of the gRPC side; three of four may be long polls"),
-    Setting("tokens", _text, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
-    Setting("tls_cert", _text, None, "certificate file (PEM): serve both sides over TLS"),
-    Setting("tls_key", _text, None, "key file (PEM) of --tls-cert"),
-    Setting("tls_client_ca", _text, None, "CA file (PEM): ask each caller for a certificate of this CA"),
+    Setting("tokens", _text_or_none, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
+    Setting("tls_cert", _text_or_none, None, "certificate file (PEM): serve both sides over TLS"),
+    Setting("tls_key", _text_or_none, None, "key file (PEM) of --tls-cert"),
+    Setting("tls_client_ca", _text_or_none, None, "CA file (PEM): ask each caller for a certificate of this CA"),
     Setting("allow_host", _names, (), "host names, comma-separated, that a Host header may carry beside IP addresses"),
     Setting("insecure", _switch, False, "listen on a wider --host without tokens"),
     Setting("access_log", _switch, False, "log a line for each request"),

@@ -134,6 +134,10 @@ def test_a_port_that_is_taken_is_refused_and_named(start, tmp_path):
     ({"idle_timeout": 0}, "idle_timeout must be 1 to "), ({"idle_timeout": 0.9}, "idle_timeout must be 1 to "),
     ({"attempts": 2.7}, "whole number"), ({"attempts": "2.0"}, "whole number"), ({"attempts": float("inf")}, "100"),
     ({"attempts": float("nan")}, "100"), ({"lease": float("inf")}, "43200"), ({"lease": float("nan")}, "43200"),
+    ({"data_dir": None}, "data_dir must be text, got None"), ({"data_dir": b"data"}, "data_dir must be text"),
+    ({"host": None, "insecure": True}, "host must be text, got None"), ({"tokens": 5}, "tokens must be text, got 5"),
+    ({"allow_host": 5}, "allow_host must be names, got 5"), ({"allow_host": [5]}, "allow_host must be names"),
+    ({"grpc_port": "none"}, "grpc_port must be .*, got none; 'off' runs without"),
 ], ids=str)
 def test_a_setting_that_is_unknown_or_malformed_is_named_and_what_would_do(tmp_path, settings, names):
     with pytest.raises(ValueError, match=names):
