@@ -7248,7 +7248,7 @@ class Server:
         """
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
         headers = headers or {}
-        if not isinstance(headers, dict) or {str} < {str, *map(type, headers), *map(type, headers.values())}:
+        if not isinstance(headers, dict) or not all(isinstance(text, str) for pair in headers.items() for text in pair):
             raise TypeError(f"headers must be a dict of str to str, got {headers!r}")
         forwarded = headers_of_program(headers, self.settings.max_headers) if headers else "{}"
         terms = self.service.terms(forwarded, options, key)

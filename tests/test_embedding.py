@@ -384,6 +384,15 @@ def test_the_headers_of_a_submit_are_kept_as_those_over_http_are(start):
     assert {name: over_http[name] for name in over_http if name not in ("Host", "Content-Length")} == job.headers
 
 
+def test_headers_whose_names_are_of_a_kind_of_str_are_taken(start):
+    class Name(str):  # as multidict.istr, of the headers of aiohttp
+        __slots__ = ()
+
+    server = start()
+    server.submit(b"1", headers={Name("X-Trace-Id"): Name("a")})
+    assert next(server.jobs()).headers == {"X-Trace-Id": "a"}
+
+
 @pytest.mark.parametrize("headers", [
     {"": "a"}, {"A B": "a"}, {"A:": "a"}, {"A\r\nB": "a"}, {"Ä": "a"}, {"A\n": "a"}, {"A": "a\r\nB: b"}, {"A": "a\nb"},
     {"A": "a\n"}, {"A": "a\r"}, {"A": "\0"}, {"A": "\x1b[2J"}, {"A": "\x7f"}, {"A": "\ud800"},
