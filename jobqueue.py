@@ -1866,11 +1866,14 @@ class _Reserve:
     def fill(self) -> bool:
         """Take the space; False when the disk has not got it."""
         if not self._size:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)  # of another setting
             return True
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 self._allocate(fd)
+                os.ftruncate(fd, self._size)  # by another setting, it was larger
                 self.spent = False
             except OSError:
                 os.ftruncate(fd, 0)

@@ -1463,6 +1463,14 @@ def test_space_is_held_in_reserve(make_queue):
     assert reserve.stat().st_size == 200_000
 
 
+@pytest.mark.parametrize("size", [50_000, 0])
+def test_what_a_larger_reserve_held_is_given_back(tmp_path, clock, size):
+    folder = tmp_path / "data"
+    open_engine(folder, clock, reserve=200_000).close()
+    open_engine(folder, clock, reserve=size).close()
+    assert sum(file.stat().st_size for file in folder.glob("reserve")) == size
+
+
 def test_without_a_reserve_there_is_no_such_file(make_queue):
     queue = make_queue(reserve=0)
     assert not (Path(queue.engine.journal.folder) / "reserve").exists()
