@@ -3581,6 +3581,14 @@ class JobService:
         return {**self.engine.stats(), "uptime_seconds": self._clock.monotonic() - self.started, "version": __version__}
 
 
+def refusal_of(error: Exception) -> JobQueueError:
+    """`error` as the caller is told of it: what is no JobQueueError is logged, and told as `internal`."""
+    if isinstance(error, JobQueueError):
+        return error
+    log.error("handler_failed", exc_info=error)
+    return JobQueueError("internal", "the server made a mistake; its log says more")
+
+
 def final_error(job: Job) -> JobQueueError | None:
     """What a client that waits for the result is told when the job ended without one."""
     if job.state == "failed":
@@ -3617,6 +3625,15 @@ class Later(NamedTuple):
     shape: Callable[[Any], Response]
     lost: Callable[[Any], None] | None = None
     long: bool = False
+
+    def response(self, value: Any) -> Response:
+        """The answer, of the future's value; an exception is a refusal."""
+        try:
+            if isinstance(value, BaseException):
+                raise value
+            return self.shape(value)
+        except Exception as error:
+            return error_response(refusal_of(error))
 
 
 class Route(NamedTuple):
@@ -5917,7 +5934,7 @@ class Connection:
         try:
             answer = plan.handle(request)
         except Exception as error:
-            answer = server.failed(error)
+            answer = error_response(refusal_of(error))
         self.take(answer)
 
     def take(self, answer: Response | Later) -> None:
@@ -5960,7 +5977,7 @@ class Connection:
             if lost and self._peer_left():
                 self.close()
             else:
-                self._respond(self._server.shape(later, value))
+                self._respond(later.response(value))
             if self.state == _CLOSED:
                 self._lose(later, value)
             elif self._out:
@@ -6478,29 +6495,13 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     # -- a request
 
-    def shape(self, later: Later, value: Any) -> Response:
-        try:
-            if isinstance(value, BaseException):
-                raise value
-            return later.shape(value)
-        except Exception as error:
-            return self.failed(error)
-
-    @staticmethod
-    def failed(error: Exception) -> Response:
-        """The response that tells the caller of `error`; what is no JobQueueError is logged, and told as `internal`."""
-        if isinstance(error, JobQueueError):
-            return error_response(error)
-        log.error("handler_failed", exc_info=error)
-        return error_response(JobQueueError("internal", "the server made a mistake; its log says more"))
-
     def process_request_thread(self, request: tuple[Plan, Request], connection: Connection) -> None:
         """A thread of its own for a slow handler; ThreadingMixIn.process_request starts it."""
         plan, request = request
         try:
             answer = plan.handle(request)
         except Exception as error:
-            answer = self.failed(error)
+            answer = error_response(refusal_of(error))
         self.post(functools.partial(connection.take, answer))
 
     def _look_at_the_clock(self) -> None:
@@ -7043,11 +7044,8 @@ class GrpcServer:
                 if not access.open:
                     access.check(dict(context.invocation_metadata()).get("authorization"), "worker")
                 answer = method(request, context)
-            except JobQueueError as error:
-                problem = error
-            except Exception:
-                log.exception("handler_failed grpc=%s", name)
-                problem = JobQueueError("internal", "the server made a mistake; its log says more")
+            except Exception as error:
+                problem = refusal_of(error)
             self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin, context)
             if problem:  # outside of the try: abort raises
                 context.set_trailing_metadata((("code", problem.code),))
