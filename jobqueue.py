@@ -6961,6 +6961,11 @@ def _peer_of(context: Any) -> str:
     return urllib.parse.unquote(context.peer().partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
+def _address(host: str, port: int) -> str:
+    """As in a URL, where an IPv6 address has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _try_port(host: str, port: int) -> None:
     """OSError when the port cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -7002,8 +7007,7 @@ class GrpcServer:
         self._server.start()
 
     def _bind(self, settings: Settings) -> int:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        address = f"{host}:{settings.grpc_port}"
+        address = _address(settings.host, settings.grpc_port)
         try:
             _try_port(settings.host, settings.grpc_port)  # gRPC's core would say it on stderr, in its own way
             if settings.tls_cert:
@@ -7161,7 +7165,7 @@ class Server:
         self._thread = threading.Thread(target=self._http.serve_forever, name="jobqueue-http", daemon=True)
         self._thread.start()
         self._started = True
-        grpc = f"{self._host}:{self.grpc_port}" if self._grpc else "off"
+        grpc = _address(settings.host, self.grpc_port) if self._grpc else "off"
         log.info("ready http=%s grpc=%s data=%s fsync=%s", self.url, grpc, settings.data_dir, settings.fsync)
         return self
 
@@ -7173,7 +7177,7 @@ class Server:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port",
+                f"cannot listen on {_address(settings.host, settings.port)}: {error.strerror}; choose another --port",
             ) from None
         if settings.grpc_port is not None:
             try:
@@ -7210,11 +7214,6 @@ class Server:
         return metrics_text(figures)
 
     @property
-    def _host(self) -> str:
-        host = self.settings.host
-        return f"[{host}]" if ":" in host else host
-
-    @property
     def port(self) -> int:
         """The HTTP port, also where the system chose it."""
         return self._http.server_port
@@ -7227,7 +7226,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where the HTTP side is, as in http://127.0.0.1:3000."""
-        return f"{'https' if self.settings.tls_cert else 'http'}://{self._host}:{self.port}"
+        return f"{'https' if self.settings.tls_cert else 'http'}://{_address(self.settings.host, self.port)}"
 
     # -- in a program
 
