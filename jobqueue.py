@@ -534,8 +534,8 @@ class Job(NamedTuple):
 
 _NEW = tuple(Job._field_defaults.values())[3:]  # from its state on
 _FIELD_INDEX = {name: index for index, name in enumerate(Job._fields)}
-_AT_STATE, _AT_WORKER, _AT_FAILURES, _AT_FINISHED, _AT_RESULT, _AT_SEQ = map(
-    _FIELD_INDEX.get, ("state", "worker", "failures", "finished", "result", "seq")
+_AT_STATE, _AT_WORKER, _AT_FAILURES, _AT_FINISHED, _AT_SEQ = map(
+    _FIELD_INDEX.get, ("state", "worker", "failures", "finished", "seq")
 )
 _MOMENTS = [_FIELD_INDEX[name] for name in ("created", "started", "available", "expires", "extended", "finished")]
 
@@ -794,13 +794,12 @@ _LATER = [
 
 def job_text(job: Job) -> str:
     """A job as it stands, as the text of a JSON object."""
-    _, _, queue, priority, _, _, _, headers, attempts, lease, ttl, key, *_ = job
-    text = _new_text(job, Terms(queue, priority, headers, attempts, lease, ttl, key=key))
-    fields = (
-        job if job.result is None else (*job[:_AT_RESULT], as_text(job.result_kind, job.result), *job[_AT_RESULT + 1 :])
-    )
+    terms = Terms(job.queue, job.priority, job.headers, job.attempts, job.lease, job.ttl, key=job.key)
+    text = _new_text(job, terms)
+    if job.result is not None:
+        job = job.changed(result=as_text(job.result_kind, job.result))
     for part, names, unset in _LATER:
-        values = fields[part]
+        values = job[part]
         if values != unset:
             text += f",{json_text(dict(zip(names, values, strict=True)))[1:-1]}"
     return text + "}"
@@ -4024,8 +4023,9 @@ class HttpApi:
 
     def requeue_all(self, request: Request) -> Response:
         get = request.parameters.get
-        count, stopped = self._service.requeue_all(get("status", "failed"), get("queue"))
-        log.info("requeued jobs=%d status=%s peer=%s", count, get("status", "failed"), request.asked.peer)
+        status = get("status", "failed")
+        count, stopped = self._service.requeue_all(status, get("queue"))
+        log.info("requeued jobs=%d status=%s peer=%s", count, status, request.asked.peer)
         if stopped:
             return json_response({"message": "Not all jobs requeued", "requeued": count, "stopped": stopped})
         return json_response({"message": "Jobs requeued", "requeued": count})
@@ -5624,7 +5624,8 @@ class Planner:
 
     def _ask(self, method: str, target: str, head: Head, peer: str, plan: Plan) -> None:
         path, mark, query = target.partition("?")
-        plan.route, plan.job_id = route, _ = self._router.find(method, path)
+        route, plan.job_id = self._router.find(method, path)
+        plan.route = route
         plan.seen = self.seen[route.method, route.path]
         self._admit(route, head)
         if head.expect and head.expect != "100-continue" and plan.version == 1:
@@ -6434,16 +6435,17 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def _admit(self, sock: socket.socket, address: Any) -> None:
         sock.setblocking(False)
         full = len(self.connections) >= self.max_connections and not self._make_room()
-        if full and self._is_packed():
-            self._turn_away(sock)
+        refusal = JobQueueError("too_many_clients", "too many connections; try again") if full else None
+        if refusal and self._is_packed():
+            self._turn_away(sock, refusal)
             return
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
             sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = self.RequestHandlerClass(sock, address, self)
         self.connections.add(connection)
-        if full:
-            connection.refuse_at_once(JobQueueError("too_many_clients", "too many connections; try again"))
+        if refusal:
+            connection.refuse_at_once(refusal)
 
     def _is_packed(self) -> bool:
         """Are there so many too many that not even a refusal may take a place?"""
@@ -6461,9 +6463,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 return True
         return False
 
-    def _turn_away(self, sock: socket.socket) -> None:
+    def _turn_away(self, sock: socket.socket, error: JobQueueError) -> None:
         """Refuse without waiting for what it asks."""
-        error = JobQueueError("too_many_clients", "too many connections; try again")
         with contextlib.suppress(OSError):
             sock.send(render(error_response(error), False, self.date))
             sock.shutdown(socket.SHUT_WR)
@@ -6806,8 +6807,7 @@ class WorkerServicer:
     def CompleteJob(self, request: Any, context: Any) -> Any:
         """POST /api/worker/complete/<id>"""
         claim = self._claim(request.next_request, context)._replace(max=1) if request.next else None
-        own = request.job_id, request.lease_token or None, _sent(request), request.content_type or None
-        outcome = self._wait(functools.partial(self._service.complete, *own), claim, context)
+        outcome = self._wait(functools.partial(self._service.complete, *_handed_in(request)), claim, context)
         answer = self._messages.CompleteResponse(success=True, duplicate=outcome.duplicate)
         if outcome.next:
             self._give_back_if_lost([outcome.next], context)
@@ -6831,10 +6831,7 @@ class WorkerServicer:
 
     def CompleteJobs(self, request: Any, context: Any) -> Any:
         """POST /api/worker/complete"""
-        results = [
-            (result.job_id, result.lease_token or None, _sent(result), result.content_type or None)
-            for result in request.results
-        ]
+        results = [_handed_in(result) for result in request.results]
         outcomes = self._pool.result(self._service.complete_many(results))
         rows = []
         for (job_id, *_), outcome in zip(results, outcomes, strict=True):
@@ -6950,10 +6947,12 @@ def _headers_of(text: str) -> dict[str, str]:
     return (_known_headers if len(text) <= 2048 else json.loads)(text)
 
 
-def _sent(result: Any) -> bytes:
+def _handed_in(result: Any) -> tuple[str, str | None, bytes, str | None]:
+    """job_id, token, result, content_type; a string that is not set comes as an empty one."""
     if result.payload and result.payload_bytes:
         raise JobQueueError("invalid_request", "give the result as payload or as payload_bytes, not as both")
-    return result.payload_bytes or result.payload.encode()
+    payload = result.payload_bytes or result.payload.encode()
+    return result.job_id, result.lease_token or None, payload, result.content_type or None
 
 
 def _peer_of(context: Any) -> str:
@@ -8093,7 +8092,9 @@ def _raise_file_limit(connections: int) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = connections + 256
         if soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == -1 else min(wanted, hard), hard))
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+            )
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
