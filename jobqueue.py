@@ -1126,11 +1126,11 @@ def _read_line(line: bytes) -> dict[str, Any] | None:
 
 
 class JournalReader:
-    """Iterate over the records of a journal, then ask what its end is like.
+    """Iterate over the records of a journal, then ask what its end is like. Raises DataError for damage, newer formats.
 
-    After the iteration: `seq` is the last good record, `end` the offset behind the last one in the file itself, whose
-    last `unsure` ones may not be on the disk; `lacking` the lines that follow in its recent file; `torn` the number of
-    bytes of a torn tail; `clean` whether the last record is a closing one. Raises DataError for damage, newer formats.
+    After the iteration: `seq` is the number of the last good record, `end` the offset behind the last one in the file
+    itself, `unsure` how many of the last ones there may not be on the disk, `lacking` the lines that only its recent
+    file has, `torn` the bytes of a torn tail; `clean`: was it closed, with nothing behind?
     """
 
     def __init__(self, path: str) -> None:
@@ -2160,7 +2160,7 @@ _COUNTED = (
 class LocalEngine(Engine):
     """The queue in memory, kept by a Journal.
 
-    Fields above the line are what a restart brings back; those below live in memory only.
+    In __init__, what stands above `memory only` comes back with a restart; the rest is made anew.
     """
 
     # Slots: the methods of an object with more than 30 attributes are looked up anew at each call, in Python 3.11.
@@ -2617,7 +2617,7 @@ class LocalEngine(Engine):
 
     @_verb
     def _finish(self) -> None:
-        """The end."""
+        """The last verb: those that come later raise."""
         self._send_away()
         self._closed = True
         self._timer.notify()
@@ -2758,7 +2758,7 @@ class LocalEngine(Engine):
         return last
 
     def _move(self, job: Job, new: Job, wall: int | None = None) -> Job:
-        """Put the job where its new state belongs."""
+        """Take the job from where its old state had it, and put it where the new one belongs."""
         self._leave(job)
         if new.state in FINAL:
             self._unfinished -= 1
@@ -2772,7 +2772,7 @@ class LocalEngine(Engine):
         return new
 
     def _round_off(self) -> None:
-        """The end of each verb."""
+        """After a verb: hand out what it made pending, and see to the journal's size and to a drain."""
         while self._filled:
             lanes, self._filled = list(dict.fromkeys(self._filled)), []
             while lanes := [lane for lane in lanes if lane.waiters and self._first(lane)]:
@@ -2859,7 +2859,7 @@ class LocalEngine(Engine):
         return False
 
     def _completed(self, job: Job, end: tuple, seq: int) -> Job:
-        """The job's end is written: as what it ends."""
+        """Record `seq` says that the job is completed, by `end`: so it is."""
         self._totals["late_completions_total"] += job.settled == "lapse"
         self._count_worker(job.worker, "completed")
         return self._move(job, job.completed(*end, seq))
@@ -4390,6 +4390,7 @@ def queue_figures(stats: dict[str, Any], figures: dict[str, Any]) -> dict[str, l
 
 
 # == OpenAPI and dashboard =============================================================================================
+# What a server tells of itself: the interface as a document, for programs, and the queue as a page, for people.
 
 _PROBLEM = {
     "type": "object",
@@ -5633,7 +5634,8 @@ class Planner:
         parameters = parse_query(query, route.parameters) if mark else {}
         plan.token = parameters.get("lease_token") or None  # an empty one is none, as over gRPC
         asked = plan.asked = Asked(parameters, head.fields, head.forwarded, peer)
-        plan.handle, plan.holds = getattr(self._api, route.handler), route.scope != "worker"
+        plan.handle = getattr(self._api, route.handler)
+        plan.holds = route.scope != "worker"  # a worker that waits is no held client
         plan.limit = self._limits[route.body]
         prepare = getattr(self._api, f"prepare_{route.handler}", None)
         if prepare:
@@ -5691,7 +5693,9 @@ class Connection:
         self._plan: Plan | None = None
         self._body: _Chunks | int | None = None  # what is being read: chunks, or so many bytes
         self._refusal: JobQueueError | None = None  # the answer, once the body has been read
-        self._keep, self._advancing, self._counts = True, False, False
+        self._keep = True  # may another request come?
+        self._advancing = False  # is _advance at work, further down the stack?
+        self._counts = False  # is it counted in the server's `held`?
         self._later: Later | None = None
         self._unsent: tuple[Later, Any] | None = None  # what to give back when the answer cannot be written whole
         self._started = self._lingered = 0
@@ -6260,7 +6264,9 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self.now = clock.monotonic()
         self._second, self.date = 0, ""  # the Date header of this second
         self._posted: collections.deque[Callable[[], None]] = collections.deque()
-        self._awake = self._together = self._paused = False
+        self._awake = False  # has it been woken for what is posted? Then nobody else needs to
+        self._together = False  # amid a turn of many events: what is posted waits for the turn's end
+        self._paused = False  # is nothing accepted for a while?
         self._tell_again = 0.0  # that accepting failed: not before
         self._wake_in, self._wake_out = socket.socketpair()
         self._brisk = False  # may the next event be near?
@@ -6670,7 +6676,8 @@ class _Pool:
     wait says so, and another runs instead. Those that are stuck with a caller that does not send what it announced
     (grpcio receives in these threads) cannot say so: when nothing has moved for a while, one more may run.
 
-    For grpcio a ThreadPoolExecutor; but Python waits for those threads when a program ends, be it for a long poll.
+    It stands in for the ThreadPoolExecutor that grpcio asks for: when a program ends, Python waits for the threads of
+    one, be it for a long poll.
     """
 
     RUNNING, STUCK = 2, 0.02  # threads; seconds
@@ -8328,7 +8335,7 @@ def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     shown = sys.stderr is not None and sys.stderr.isatty()
     unwritten: Unwritten | None = None
     with source, contextlib.closing(_client(arguments)) as client:
-        for lines in _batches(source, 5000, 8 * MIB):
+        for lines in _batches(source, 5000, 8 * MIB):  # a tenth and a half of what it takes: others come in between
             try:
                 body, ids = _submit_lines(client, lines, options)
             except (Refused, Unreachable) as error:
@@ -8755,7 +8762,7 @@ def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code, which --help, --version and wrong flags raise as SystemExit."""
     sys.modules.setdefault("jobqueue", sys.modules[__name__])  # whoever imports jobqueue gets this very module
     codes = {ValueError: EXIT_USAGE, DataError: EXIT_DATA, DiskError: EXIT_DISK, OSError: EXIT_USAGE}
     arguments = None
