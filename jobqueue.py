@@ -7959,7 +7959,7 @@ def forward(url: str, job: PolledJob) -> Verdict:
         service.close()
     if 200 <= status < 300:
         kind = answer.get("Content-Type")
-        return Verdict("complete", body, {"Content-Type": kind} if kind else {})
+        return Verdict("complete", body, {"Content-Type": _media_type(kind)} if kind else {})
     retry, after = status in (429, 502, 503, 504), answer.get("Retry-After", "")
     delay = {"delay": str(min(int(after[:20]), 30 * DAY))} if retry and after.isdecimal() else {}
     return failure(f"{url} answered {status}: ".encode() + body[:4096], retry, **delay)

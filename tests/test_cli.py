@@ -1308,7 +1308,7 @@ class Service(http.server.BaseHTTPRequestHandler):
         body = self.server.answer or body
         status = int(body.split()[1]) if body.startswith(b"status ") else 200
         self.send_response(status)
-        self.send_header("Content-Type", "application/x-test")
+        self.send_header("Content-Type", self.server.kind)
         if status == 503:
             self.send_header("Retry-After", self.server.retry_after)
         answer = b"" if status == 204 else body
@@ -1325,7 +1325,7 @@ class Service(http.server.BaseHTTPRequestHandler):
 def service() -> Iterator[Any]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service) as running:
         running.seen, running.answer, running.let_go, running.retry_after = [], None, threading.Event(), "77"
-        running.url = f"http://127.0.0.1:{running.server_address[1]}"
+        running.url, running.kind = f"http://127.0.0.1:{running.server_address[1]}", "application/x-test"
         threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
         yield running
         running.let_go.set()
@@ -1350,6 +1350,16 @@ def test_forward_maps_statuses_to_completed_retried_and_failed(server, client, q
     begin, again = (client.view(ids[503])[name] for name in ("created_at", "available_at"))
     seconds = jobqueue.datetime.fromisoformat(again) - jobqueue.datetime.fromisoformat(begin)
     assert 76 <= seconds.total_seconds() <= 77 + 30
+
+
+@pytest.mark.parametrize("kind", ["text/plain;\r\n charset=utf-8", "text/plain\x01"], ids=ascii)
+def test_forward_hands_in_a_result_whose_content_type_is_malformed(server, client, queue, work, service, kind):
+    service.kind = kind
+    work(server.url, "--queue", queue, "--forward", service.url)
+    job_id = client.put(b"whole", queue=queue)
+    client.wait_status(job_id, "completed")
+    answer = client.call("GET", f"/api/jobs/{job_id}/result")
+    assert (answer.body, answer.headers["content-type"]) == (b"whole", "application/octet-stream")
 
 
 def test_forward_takes_a_retry_after_that_is_no_number_of_seconds_for_none(server, client, queue, work, service):
