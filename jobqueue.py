@@ -7499,6 +7499,8 @@ class Client:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a URL must be like http://127.0.0.1:3000, got {url!r}")
+        if not re.fullmatch("[!-~]*", parts.path + parts.query):
+            raise ValueError(f"a URL's path and query are ASCII, anything else is percent-encoded, got {url!r}")
         self._url, self._parts, self._path = url, parts, parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         kind, options = http.client.HTTPConnection, {}

@@ -254,6 +254,8 @@ BAD = {
     "certificate to call with that is not there": (
         ["stats", "--url", "https://x", "--cert", "c.pem"], "--cert c.pem: No such file"),
     "work under a name that is no text": (["work", "--worker", "w\udcff", "--", "cat"], "--worker must be"),
+    "work that forwards to a URL with a blank": (["work", "--forward", "http://x/a b"], "percent-encoded, got 'http"),
+    "URL with a letter beyond ASCII": (["stats", "--url", "http://x/ä"], "percent-encoded, got 'http://x/ä'"),
     "work for a queue that cannot be": (["work", "--queue", "a b", "--", "cat"], "--queue must be"),
     "token name with a line end": (["token", "--scope", "worker", "--name", "a\nadmin b"], "name"),
 }
