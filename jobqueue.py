@@ -411,6 +411,8 @@ OVERHEAD = 256  # bytes that a job takes beside its payload and headers, roughly
 FINAL = frozenset(("completed", "failed", "expired", "cancelled"))
 STATES = ("delayed", "pending", "processing", "completed", "failed", "expired", "cancelled")
 
+# (state, verb) -> state. Time brings three of the verbs: ripen (the delay is over), lapse (the lease ran out), expire.
+# give_back: the answer of the poll did not reach its worker. retry_now: a retry without a delay.
 TRANSITIONS = {
     ("delayed", "ripen"): "pending",
     ("delayed", "expire"): "expired",
@@ -2216,13 +2218,13 @@ class LocalEngine(Engine):
         self._alarm = math.inf  # when the timer thread wakes
         self._timer = threading.Condition(self._lock)  # notified when an earlier deadline comes up, and at the end
         self._timer_thread = threading.Thread(target=self._time_forever, name="jobqueue-timer", daemon=True)
-        self._alarms = (
+        self._alarms = (  # timers, and what to do when the deadline of a key is over
             (self._ttls, self._ttl_over),
             (self._delays, self._delay_over),
             (self._leases, self._lease_over),
             (self._polls, self._poll_over),
             (self._holds, self._hold_over),
-            (self._unties, self._untied),
+            (self._unties, self._untied),  # jobs to cancel, as `tied`, once the disk takes it
         )
         try:
             with self._lock:
