@@ -3975,14 +3975,8 @@ class HttpApi:
     def extend(self, request: Request) -> Response:
         job = self._engine.extend(request.job_id, request.token, request.parameters.get("lease")).job
         cancelled = job.state == "cancelled"
-        return json_response(
-            {
-                "job_id": job.id,
-                "lease_seconds": 0 if cancelled else job.lease_seconds,
-                "cancelled": cancelled,
-                "status": job.state,
-            }
-        )
+        seconds = 0 if cancelled else job.lease_seconds
+        return json_response({"job_id": job.id, "lease_seconds": seconds, "cancelled": cancelled, "status": job.state})
 
     # -- administration
 
@@ -4177,11 +4171,12 @@ def batch_members(body: bytes) -> list[dict[str, str]]:
         ) from None
 
 
-_STATUS = {"status": (_choice(*STATES), "one of " + ", ".join(STATES))}
+_POLL = {**CLAIM_PARAMETERS, "max": (_MAX, "take up to so many; the answer is a list then")}
+_NEXT = {"queue": CLAIM_PARAMETERS["queue"]}
 _WAIT_PARAMETER = {"wait": (_WAIT, "seconds to wait for the end")}
 _LISTING = {
     **QUEUE_PARAMETER,
-    **_STATUS,
+    "status": (_choice(*STATES), "one of " + ", ".join(STATES)),
     "limit": (_MAX, "jobs at most; default 100"),
     "after": (_number(int, 0, 1 << 62), "the cursor `next` of the page before"),
 }
@@ -4213,14 +4208,7 @@ ROUTES = (
     Route("GET", "/api/jobs/{job_id}", "view", "client", "Look at a job, or wait for its end", _WAIT_PARAMETER),
     Route("DELETE", "/api/jobs/{job_id}", "cancel", "client", "Cancel a job"),
     Route("GET", "/api/jobs/{job_id}/result", "result", "client", "The result's own bytes", _WAIT_PARAMETER),
-    Route(
-        "GET",
-        "/api/worker/poll",
-        "poll",
-        "worker",
-        "Take a job",
-        {**CLAIM_PARAMETERS, "max": (_MAX, "take up to so many; the answer is a list then")},
-    ),
+    Route("GET", "/api/worker/poll", "poll", "worker", "Take a job", _POLL),
     Route("POST", "/api/worker/complete", "complete_many", "worker", "Hand in many results", {}, "batch"),
     Route("POST", "/api/worker/complete/{job_id}", "complete", "worker", "Hand in a result", _COMPLETE, "payload"),
     Route("POST", "/api/worker/fail/{job_id}", "fail", "worker", "Say that an attempt failed", _FAIL, "payload"),
@@ -4228,14 +4216,7 @@ ROUTES = (
     Route("POST", "/api/worker/extend/{job_id}", "extend", "worker", "Keep a job for longer", _EXTEND),
     Route("GET", "/api/admin/stats", "stats", "admin", "Counts by state and queue", slow=True),
     Route("DELETE", "/api/admin/clear", "clear", "admin", "Forget all jobs", slow=True),
-    Route(
-        "GET",
-        "/api/admin/next",
-        "peek",
-        "admin",
-        "The job that is handed out next",
-        {"queue": (_queues, "queues, comma-separated, in order; default: default")},
-    ),
+    Route("GET", "/api/admin/next", "peek", "admin", "The job that is handed out next", _NEXT),
     Route("POST", "/api/admin/pause", "pause", "admin", "Hand nothing out", QUEUE_PARAMETER),
     Route("POST", "/api/admin/resume", "resume", "admin", "Hand out again", QUEUE_PARAMETER),
     Route("POST", "/api/admin/requeue/{job_id}", "requeue", "admin", "Put a job back in line"),
@@ -7825,15 +7806,12 @@ class _Heartbeat(threading.Thread):
             self._job.lose(f"its lease cannot be extended: {error!r}")
 
     def _beat(self, job: PolledJob) -> None:
+        path = f"/api/worker/extend/{job.id}"
         # A cancelled job is noticed within 10 s, however long the lease.
         while not self._over.wait(min(job.lease / 3, 10.0)):
             try:
                 cancelled = self._client.ask(
-                    lambda body: json.loads(body)["cancelled"],
-                    "POST",
-                    f"/api/worker/extend/{job.id}",
-                    lease_token=job.token,
-                    timeout=10,
+                    lambda body: json.loads(body)["cancelled"], "POST", path, lease_token=job.token, timeout=10
                 )
             except Unreachable:
                 continue  # the server is away; the lease may outlive that
@@ -7856,15 +7834,9 @@ def run_command(command: list[str], job: PolledJob) -> Verdict:
     for name in sorted(job.headers, key=lambda name: not re.search("[^A-Za-z0-9-]", name)):  # X-A wins over X_A, X.A
         names["JOB_HEADER_" + re.sub(r"[^A-Z0-9]", "_", name.upper())] = job.headers[name].replace("\0", "")
     environment = {**os.environ, **names, "JOB_ID": job.id, "JOB_QUEUE": job.queue, "JOB_ATTEMPT": str(job.attempt)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)
     except OSError as error:
         why = f"cannot run {command[0]}: {error.strerror}"
         if error.errno == errno.E2BIG:  # the job's headers do not fit the environment
