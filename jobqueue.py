@@ -1136,15 +1136,22 @@ class JournalReader:
     """
 
     def __init__(self, path: str) -> None:
-        self.path, self.version = path, 0
+        self.path, self._recent, self.version = path, path + _RECENT, 0
         self.seq = self.synced = self.end = self.torn = 0
         self.lacking: list[bytes] = []
+        self._recent_end = (
+            0  # the offset in the recent file behind the last good record; 0: it has none to do with this
+        )
         self.unsure, self.clean = 0, False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        recent = self._recent_lines()  # first: a journal in use has them all by now
         with open(self.path, "rb", buffering=MIB) as file:
             size = os.fstat(file.fileno()).st_size  # what is written from now on, to a file in use, is not judged
             self._read_header(file.readline())
+            snapshot = self.synced  # up to this record, older ones had the same numbers
+            recent = recent if self.version > 1 else []
+            twins = {record["seq"]: line for line, record in recent if record and record["seq"] > snapshot}
             op, seq, synced, end, bad = "journal", self.seq, self.synced, self.end, b""
             for line in file:
                 record = _read_line(line)
@@ -1155,33 +1162,43 @@ class JournalReader:
                 end += len(line)
                 synced = max(synced, record["synced"])
                 op = record.get("op")
+                if seq in twins and twins[seq] != line:
+                    raise self._stranger(seq)
                 yield record
             self.seq, self.synced, self.end, self.unsure = seq, synced, end, seq - synced
-            if self.version > 1 and (bad or op != "close"):
-                yield from self._read_recent(bad)
+            if seq >= snapshot and (bad or op != "close"):
+                yield from self._read_recent(bad, recent)
             if bad:
                 yield from self._judge(file, bad, size)
             if self.synced > self.seq:
-                raise self._damaged(end, f"it ends before record {self.synced}, which had been synced")
+                raise self._damaged(f"it ends before record {self.synced}, which had been synced")
             self.clean = op == "close" and not bad
 
-    def _read_recent(self, bad: bytes) -> Iterator[dict[str, Any]]:
-        """What follows in the `recent` file, which holds older records too. Where its first record is a later one, the
-        journal was copied before it was, perhaps amid a line; else one of the two is damaged."""
+    def _recent_lines(self) -> list[tuple[bytes, dict[str, Any] | None]]:
+        """Those of the recent file, and their records, None for a bad one."""
         try:
-            with open(self.path + _RECENT, "rb", buffering=0) as file:
-                lines = list(io.BytesIO(file.read()))  # read in one piece: it may be in use
+            with open(self._recent, "rb", buffering=0) as file:
+                return [(line, _read_line(line)) for line in io.BytesIO(file.read())]
         except FileNotFoundError:
-            return
-        records = [(line, record) for line in lines if (record := _read_line(line)) is not None]
-        first = records[0][1]["seq"] if records else math.inf
-        whole = not lines or lines[0] == b"\n" or _read_line(lines[0]) is not None
-        cut_short = bad[-1:] != b"\n" and _read_line(bad[:-1] + b"\n") is None
+            return []
+
+    def _read_recent(self, bad: bytes, recent: list[tuple[bytes, dict[str, Any] | None]]) -> Iterator[dict[str, Any]]:
+        """What follows in the recent file, which holds older records too. Where its first record is a later one, the
+        journal was copied before it was, perhaps amid a line; else one of the two is damaged."""
+        first = next((record["seq"] for _, record in recent if record), math.inf)
+        whole = not recent or recent[0][0] == b"\n" or recent[0][1] is not None
+        cut_short = b"\n" not in bad and b"\0" not in bad and _read_line(bad[:-1] + b"\n") is None
         if first > self.seq + 1 and whole and cut_short:
             return
         self.unsure = max(self.unsure, self.seq + 1 - first)
-        for line, record in records:
+        at = 0
+        for line, record in recent:
+            at += len(line)
+            if record is None:
+                continue
             self.synced = max(self.synced, record["synced"])
+            if first <= self.seq + 1 and record["seq"] in (self.seq, self.seq + 1):
+                self._recent_end = at
             if record["seq"] == self.seq + 1:
                 self.seq += 1
                 self.lacking.append(line)
@@ -1190,7 +1207,7 @@ class JournalReader:
     def _read_header(self, line: bytes) -> None:
         header = _read_line(line)
         if header is None or header.get("op") != "journal" or type(header.get("version")) is not int:
-            raise self._damaged(0, "its first line is not a jobqueue header")
+            raise self._damaged("its first line is not a jobqueue header")
         self.version = header["version"]
         if self.version > Journal.VERSION:
             raise DataError(
@@ -1213,13 +1230,20 @@ class JournalReader:
                     yield record
             line = file.readline()
         if self.synced > self.seq:
-            raise self._damaged(self.end, f"record {self.seq + 1} is not readable there, although it had been synced")
+            raise self._damaged(f"record {self.seq + 1} is not readable there, although it had been synced")
 
-    def _damaged(self, offset: int, what: str) -> DataError:
+    def _damaged(self, what: str) -> DataError:
+        path, offset = (self._recent, self._recent_end) if self._recent_end else (self.path, self.end)
         return DataError(
-            f"{self.path} is damaged at byte {offset}: {what}. Nothing was changed. Restore the file from a "
-            f"backup (without {os.path.basename(self.path)}{_RECENT}), or look at it with: "
+            f"{path} is damaged at byte {offset}: {what}. Nothing was changed. Restore {self.path} from a backup "
+            f"(without {os.path.basename(self._recent)}), or look at it with: "
             f"python jobqueue.py check --dump {shlex.quote(self.path)}"
+        )
+
+    def _stranger(self, seq: int) -> DataError:
+        return DataError(
+            f"{self._recent} is not of this journal: record {seq} differs. Nothing was changed. Where {self.path} was "
+            f"put back from a backup, remove {os.path.basename(self._recent)}, and start again"
         )
 
 
@@ -1345,7 +1369,7 @@ class Journal:
             self._recent.remove()  # of another journal
             self.seq = 1  # so that the header is 0 and the snapshot's one line is 1
             new = _NewFile(self, snapshot(), self.seq)
-            os.replace(new.path, self.path)
+            new.replace()
             _sync_folder(self.folder)
             self._file, self.size = new.file, new.size
         else:
@@ -1598,7 +1622,9 @@ class Journal:
             if self._waiting or due:
                 self._commit(idle=not self._waiting and self.durable)
             with self._wake:
-                switch, self._switch = self._switch, None
+                switch = None
+                if not self.failure:  # else the old file may be what has all that anybody was told of
+                    switch, self._switch = self._switch, None
             if switch:
                 self._switch_to(switch)
         return bool(self._waiting) or not closing
@@ -1617,7 +1643,7 @@ class Journal:
         return unmarked
 
     def _sync(self, idle: bool) -> None:
-        seq, end = self.seq, self.size
+        seq, end = self.seq, self.size  # in this order: an append meanwhile raises the size first
         if seq > self.synced:
             before = self._clock.monotonic()
             if not self._recent.keep(self._file, self._covered, end):
@@ -1703,10 +1729,9 @@ class Journal:
         try:
             new.follow()
             new.sync()
-            self._remove_recent()
             with self._tail:
                 new.follow()
-                os.replace(new.path, self.path)
+                new.replace()
                 old, self._file, self.size = self._file, new.file, new.size
         except Exception as error:  # be it that memory has run out
             new.error = error
@@ -1724,19 +1749,6 @@ class Journal:
                 self._recent.open()
         except OSError as error:
             self._fail(error)
-
-    def _remove_recent(self) -> None:
-        """Before the switch: its records have numbers that the snapshot's have, too, and could stand in for those."""
-        if not self.durable:
-            return
-        try:
-            seq, end = self.seq, self.size
-            _sync_data(self._file)
-            self.synced, self._covered = seq, end
-            self._recent.remove()
-        except OSError as error:
-            self._fail(error)
-            raise
 
 
 class _NewFile:
@@ -1793,6 +1805,15 @@ class _NewFile:
 
     def sync(self) -> None:
         _sync_file(self.file)
+
+    def replace(self) -> None:
+        """Take the old file's place."""
+        try:
+            os.replace(self.path, self._old)
+        except OSError:
+            if not os.path.samestat(os.stat(self._old), os.fstat(self.file)):
+                raise
+            # It was done: over NFS, the answer of the first try may get lost, and the second finds no such file.
 
     def discard(self) -> None:
         os.close(self.file)
@@ -8488,8 +8509,9 @@ def check(arguments: argparse.Namespace) -> int:
     }
     text = f"{path}: good, format {reader.version}, {records} records, {reader.end} bytes, "
     text += "closed cleanly" if reader.clean else "not closed"
-    text += f"; a torn tail of {reader.torn} bytes, which nobody was told of, will be cut off" if reader.torn else ""
     text += f"; {len(reader.lacking)} of them from {_RECENT[1:]}, the end that it lacks" if reader.lacking else ""
+    told = "of which all that anybody was told of is kept" if reader.lacking else "which nobody was told of"
+    text += f"; a torn tail of {reader.torn} bytes, {told}, will be cut off" if reader.torn else ""
     if arguments.json:
         _write(json_text(answer).encode() + b"\n")
     else:

@@ -393,22 +393,103 @@ def test_a_copy_of_the_journal_with_a_later_recent_file_is_whole_up_to_its_own_e
     engine.close()
 
 
-@pytest.mark.parametrize("at", [-1, -20], ids=["its line end", "a byte within"])
-def test_a_damaged_record_before_those_of_the_recent_file_is_not_taken_for_the_end_of_a_copy(tmp_path, clock, at):
+DAMAGES = {
+    "its line end": lambda data: data[:-1] + b"\x0b",
+    "a byte within": lambda data: data[:-20] + bytes([data[-20] ^ 1]) + data[-19:],
+    "its line end, before zeros": lambda data: data[:-1] + b"\x0b" + bytes(100),
+    "its last bytes, which are zeros": lambda data: data[:-100] + bytes(100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_record_before_those_of_the_recent_file_is_not_taken_for_the_end_of_a_copy(tmp_path, clock, damage):
     folder, jobs = lacking(tmp_path, clock)
     journal, recent = folder / "journal.jsonl", folder / "journal.jsonl.recent"
     lines, size = recent.read_bytes().splitlines(keepends=True), jobqueue._Recent.SIZE
-    last = journal.read_bytes().splitlines(keepends=True)[-1]
-    recent.write_bytes(b"".join(lines[lines.index(last) + 1 :]).ljust(size, b"\n"))  # begins behind the journal's end
+    whole = journal.read_bytes().splitlines(keepends=True)
+    recent.write_bytes(b"".join(lines[lines.index(whole[-1]) + 1 :]).ljust(size, b"\n"))  # from the journal's end on
     engine = open_engine(crash_copy_of(folder, tmp_path / "whole"), clock)
     assert {engine.view(job, 0).result(10).state for job in jobs} == {"pending"}
     engine.close()
-    data = bytearray(journal.read_bytes())
-    data[at] ^= 1
+    data = DAMAGES[damage](journal.read_bytes())
     journal.write_bytes(data)
-    with pytest.raises(jobqueue.DataError, match="had been synced"):
+    at = sum(map(len, whole[:-1]))
+    with pytest.raises(jobqueue.DataError, match=f"{journal} is damaged at byte {at}: .*had been synced"):
         open_engine(folder, clock)
     assert journal.read_bytes() == data
+
+
+def test_a_recent_file_of_another_history_is_refused(tmp_path, clock):
+    """A backup was put over a journal of the same folder that had gone on from an older backup."""
+    engine = open_engine(tmp_path / "data", clock)
+    queue = Queue(engine, clock, again=None)
+    queue.submit()
+    older = journal_of(engine).read_bytes()
+    mine = [queue.submit().id for _ in range(3)]
+    newer = journal_of(engine).read_bytes()
+    engine.close()
+    for path in (tmp_path / "data").glob("journal.jsonl*"):
+        path.unlink()
+    (tmp_path / "data" / "journal.jsonl").write_bytes(older)
+    engine = open_engine(tmp_path / "data", clock)
+    queue = Queue(engine, clock, again=None)
+    for _ in range(9):
+        queue.submit()
+    folder = crash_copy(engine, tmp_path / "crashed")
+    engine.close()
+    (folder / "journal.jsonl").write_bytes(newer)
+    with pytest.raises(jobqueue.DataError, match="recent is not of this journal: record 5 differs"):
+        open_engine(folder, clock)
+    (folder / "journal.jsonl.recent").unlink()
+    engine = open_engine(folder, clock)
+    assert [engine.view(job, 0).result(10).state for job in mine] == ["pending"] * 3
+    engine.close()
+
+
+def test_a_compaction_does_not_switch_after_a_sync_that_failed(tmp_path, clock, monkeypatch):
+    """A later sync of the old file would say nothing; what was acknowledged may be in the recent file alone."""
+    engine = open_engine(tmp_path / "data", clock, compact_bytes=20_000, keep_jobs=0)
+    queue, replaced = Queue(engine, clock, again=None), []
+    while engine.journal.size < 15_000:
+        queue.cancel(queue.submit("1" * 100))
+
+    def failing(fd):
+        wait_until(lambda: engine.journal._switch)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(jobqueue, "_sync_data", failing)
+    monkeypatch.setattr(os, "replace", lambda *names: replaced.append(names))
+    with pytest.raises(jobqueue.JobQueueError) as caught:
+        queue.submit("1" * 10_000)
+    assert caught.value.code == "outcome_unknown"
+    wait_for_compaction()
+    assert not replaced
+    engine.close()
+
+
+def test_a_rename_that_was_done_although_it_reports_an_error_is_taken_for_done(tmp_path, clock, monkeypatch):
+    """As over NFS, where the answer to the first try may be lost. Else the journal would go on without a name."""
+    monkeypatch.setattr(jobqueue._Recent, "SIZE", 2_000)
+    engine = open_engine(tmp_path / "data", clock, compact_bytes=10_000, keep_jobs=0)
+    queue, replace, renamed = Queue(engine, clock, again=None), os.replace, []
+
+    def lost(source, target):
+        replace(source, target)
+        renamed.append(target)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(os, "replace", lost)
+    ids = [queue.submit().id for _ in range(5)]
+    while not renamed:
+        queue.cancel(queue.submit("1" * 100))
+        wait_for_compaction()
+    ids += [queue.submit().id for _ in range(25)]
+    folder = crash_copy(engine, tmp_path / "crashed")
+    engine.close()
+    monkeypatch.undo()
+    engine = open_engine(folder, clock)
+    assert [engine.view(job, 0).result(10).state for job in ids] == ["pending"] * 30
+    engine.close()
 
 
 def test_of_a_recent_file_whose_journal_was_removed_nothing_comes_back(tmp_path, clock, monkeypatch):
@@ -468,7 +549,8 @@ def test_where_a_record_that_was_synced_is_in_neither_file_the_start_is_refused(
         journal.write_bytes(journal.read_bytes() + later)
         recent.unlink()
     before = journal.read_bytes()
-    with pytest.raises(jobqueue.DataError, match="had been synced"):
+    where = "recent is damaged at byte [1-9].*" if damage == "a byte of a record that the journal lacks" else ""
+    with pytest.raises(jobqueue.DataError, match=f"{where}had been synced"):
         open_engine(folder, clock)
     assert journal.read_bytes() == before
 
@@ -577,6 +659,31 @@ def test_check_counts_what_is_in_the_recent_file_alone(tmp_path, clock, capsys):
     assert json.loads(capsys.readouterr().out)["recent_records"] == 4
 
 
+def test_check_says_that_what_was_told_of_a_torn_end_is_kept(tmp_path, clock, capsys):
+    folder, _ = lacking(tmp_path, clock)
+    journal = folder / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + bytes(50))
+    assert jobqueue.main(["check", str(folder)]) == 0
+    assert "a torn tail of 50 bytes, of which all that anybody was told of is kept" in capsys.readouterr().out
+
+
+def test_check_of_a_journal_in_use_reads_the_recent_file_first(tmp_path, clock, monkeypatch):
+    """Read later, it may be one that is being written over, whose records seem to be missing."""
+    monkeypatch.setattr(jobqueue._Recent, "SIZE", 2_000)
+    engine = open_engine(tmp_path / "data", clock)
+    queue, read, ids = Queue(engine, clock, again=None), jobqueue.JournalReader._recent_lines, []
+
+    def meanwhile(reader):
+        lines = read(reader)
+        ids.extend(queue.submit().id for _ in range(20))
+        return lines
+
+    monkeypatch.setattr(jobqueue.JournalReader, "_recent_lines", meanwhile)
+    reader = jobqueue.JournalReader(str(journal_of(engine)))
+    assert {record.get("id") for record in reader} > set(ids) and not reader.torn
+    engine.close()
+
+
 @pytest.fixture(autouse=True)
 def _warnings(caplog):
     caplog.set_level(logging.WARNING, "jobqueue")
@@ -647,8 +754,8 @@ def test_what_is_written_while_somebody_reads_is_not_judged(tmp_path, clock, mon
     seen.write_bytes(journal[: whole + 50])
     read = jobqueue.JournalReader._read_recent
 
-    def meanwhile(reader, bad):
-        yield from read(reader, bad)
+    def meanwhile(reader, *seen_before):
+        yield from read(reader, *seen_before)
         seen.write_bytes(journal)
 
     monkeypatch.setattr(jobqueue.JournalReader, "_read_recent", meanwhile)
