@@ -6,6 +6,7 @@ import contextlib
 import os
 import py_compile
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,10 @@ HOUR = 3600
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As many files as may be open, as for a server from the command line: with fewer, one in a program warns.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # Once for all who import the module, also where PYTHONDONTWRITEBYTECODE keeps them from doing it themselves.
     if not hasattr(config, "workerinput"):
         with contextlib.suppress(OSError):  # a folder that is not ours
@@ -70,6 +75,15 @@ def _leave_signals_as_they_were() -> Iterator[None]:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _leave_logging_as_it_was() -> Iterator[None]:
+    """A command in this process has its log go to the standard error of its test, and no further."""
+    handlers, level, propagate = jobqueue.log.handlers[:], jobqueue.log.level, jobqueue.log.propagate
+    yield
+    jobqueue.log.handlers[:], jobqueue.log.propagate = handlers, propagate
+    jobqueue.log.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")

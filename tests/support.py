@@ -308,9 +308,17 @@ def start_server(
     command = [*wrapper, python, "-m", "jobqueue", *standard, *flags]
     given = {**inherited, **(env or {})}
     given["PYTHONPATH"] = os.pathsep.join(filter(None, (given.get("PYTHONPATH"), str(ROOT))))
-    server = ServerProcess(command, given, tmp_path)
-    server.wait_ready(timeout)
-    return server
+    deadline = time.monotonic() + timeout
+    while True:
+        server = ServerProcess(command, given, tmp_path)
+        try:
+            server.wait_ready(timeout)
+            return server
+        except DidNotStart as error:
+            # The port of one that comes back was free meanwhile: a test beside this one may have been given it.
+            if "--port" not in flags or "Address already in use" not in error.log or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def started() -> list[ServerProcess]:

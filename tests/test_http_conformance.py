@@ -14,7 +14,7 @@ import re
 import selectors
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -57,6 +57,7 @@ class Wire:
         return [answer for answer in answers if answer.status >= 200]
 
     def call(self, method, path, body=None):
+        self.control.close()  # it may have been idle for longer than the server lets it be: another one is opened
         self.control.request(method, path, body, self.headers)
         response = self.control.getresponse()
         content = response.read()
@@ -91,6 +92,7 @@ class Wire:
 
     def complete(self, job, body=b"", **headers):
         path = f"/api/worker/complete/{job['job_id']}?lease_token={job['lease_token']}"
+        self.control.close()
         self.control.request("POST", path, body, {**self.headers, **headers})
         response = self.control.getresponse()
         assert response.status == 200, response.read()
@@ -953,7 +955,8 @@ def slow(impatient):
     steady = Drip("steady", submit(close + SIZED % len(body), queue=b"steady"))
     held = Drip("held", with_fields(SIZED % 2, b"POST /api/submit?queue=held HTTP/1.1") + b"{}")
     poll = Drip("poll", with_fields(close, b"GET /api/worker/poll?queue=none&wait=3 HTTP/1.1"))
-    drips = [*SLOW, steady, held, poll]
+    # Copies, as this may be made more than once, where other tests come in between.
+    drips = [*(replace(drip, stream=bytearray()) for drip in SLOW), steady, held, poll]
     connections = {drip.name: impatient.connect() for drip in drips}
     run_drips(impatient, drips, connections, body)
     impatient.complete(impatient.poll("held"), b'"in the end"')
