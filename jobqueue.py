@@ -1041,14 +1041,15 @@ else:
 _RECENT = ".recent"  # behind the journal's name
 
 
-def _sync_folder(path: str) -> None:
-    """Make a rename in the folder last. Windows has no such call."""
-    if fcntl:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+def _open_folder(path: str) -> int:
+    """For _sync_folder; -1 on Windows, which has no such call. OSError."""
+    return os.open(path, os.O_RDONLY) if fcntl else -1
+
+
+def _sync_folder(fd: int) -> None:
+    """Make what was renamed and removed in the folder last."""
+    if fd >= 0:
+        os.fsync(fd)
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would write CR LF for a line end, and offsets would be wrong
@@ -1297,10 +1298,11 @@ class Journal:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             self._lock_fd = _lock_file(os.path.join(folder, ".lock"))
+            self._folder_fd = _open_folder(folder)  # kept: when it is to be synced, no more files might be to be opened
         except OSError as error:
             raise DataError(f"{folder} cannot be used as the data folder: {error.strerror}") from None
         self._reserve = _Reserve(os.path.join(folder, "reserve"), settings.reserve)
-        self._recent = _Recent(self.path + _RECENT)
+        self._recent = _Recent(self.path + _RECENT, self._folder_fd)
         self._covered = 0  # bytes of the file that are on the disk, in itself or as recent ones
 
     # -- start and stop
@@ -1338,7 +1340,7 @@ class Journal:
             if not self._reserve.spend():
                 raise
             self._copy_tail(aside, reader.end)
-        _sync_folder(self.folder)
+        _sync_folder(self._folder_fd)
         log.warning("torn_tail file=%s offset=%d bytes=%d copied_to=%s", self.path, reader.end, reader.torn, aside)
 
     def _copy_tail(self, aside: str, offset: int) -> None:
@@ -1370,7 +1372,7 @@ class Journal:
             self.seq = 1  # so that the header is 0 and the snapshot's one line is 1
             new = _NewFile(self, snapshot(), self.seq)
             new.replace()
-            _sync_folder(self.folder)
+            _sync_folder(self._folder_fd)
             self._file, self.size = new.file, new.size
         else:
             if not reader.clean:
@@ -1415,7 +1417,7 @@ class Journal:
             _sync_file(fd)
         finally:
             os.close(fd)
-        _sync_folder(self.folder)  # a compaction may have been cut short between its rename and this
+        _sync_folder(self._folder_fd)  # a compaction may have been cut short between its rename and this
 
     def close(self) -> None:
         """Sync what there is and leave a closing record; without it the next start knows that this one crashed."""
@@ -1449,11 +1451,13 @@ class Journal:
         with self._tail:
             file, lock, self._file, self._lock_fd = self._file, self._lock_fd, -1, -1
             self.failure = self.failure or OSError(errno.EBADF, "the journal is closed")
+        self._rouse()  # the committing thread, if it runs: it ends
         if file >= 0:
             os.close(file)
         self._recent.close()
         if lock >= 0:
             if fcntl:
+                os.close(self._folder_fd)
                 fcntl.flock(lock, fcntl.LOCK_UN)  # a child that was forked meanwhile has it too
             os.close(lock)
 
@@ -1743,7 +1747,7 @@ class Journal:
         try:
             seq, end = self.seq, self.size
             _sync_data(self._file)
-            _sync_folder(self.folder)
+            _sync_folder(self._folder_fd)
             self.synced, self._covered = seq, end
             if self.durable:
                 self._recent.open()
@@ -1826,8 +1830,9 @@ class _Recent:
 
     SIZE = 256 * KIB
 
-    def __init__(self, path: str) -> None:
-        self._path, self._file, self._at = path, -1, 0
+    def __init__(self, path: str, folder: int) -> None:
+        self._path, self._folder_fd = path, folder
+        self._file, self._at = -1, 0
 
     def open(self) -> None:
         """Begin anew, when the journal is on the disk. Where there is no room, the journal itself is synced; OSError
@@ -1840,7 +1845,7 @@ class _Recent:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
             _write_all(self._file, b"\n" * self.SIZE)
             _sync_file(self._file)
-            _sync_folder(os.path.dirname(self._path))
+            _sync_folder(self._folder_fd)
         except OSError:
             self.remove()
 
@@ -1875,7 +1880,7 @@ class _Recent:
         self.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
-            _sync_folder(os.path.dirname(self._path))
+            _sync_folder(self._folder_fd)
 
 
 class _Reserve:
@@ -2250,10 +2255,10 @@ class LocalEngine(Engine):
         try:
             with self._lock:
                 self._restore()
+            self._timer_thread.start()
         except BaseException:
             self.journal.abandon()
             raise
-        self._timer_thread.start()
 
     # -- the lock is held: restart
 
@@ -3072,11 +3077,11 @@ class LocalEngine(Engine):
             return
         try:
             jobs, error = self._take(waiter.claim)[0], None
-        except JobQueueError as refusal:
+        except Exception as refusal:  # whatever it is: it is claimed, so nobody else answers it
             jobs, error = [], refusal
         self._answer_poll(waiter, jobs, error)
 
-    def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: JobQueueError | None = None) -> None:
+    def _answer_poll(self, waiter: _Waiter, jobs: list[Job], error: Exception | None = None) -> None:
         """Its future is claimed."""
         self._pollers.count -= 1
         self._answer(waiter.future, *waiter.answer(jobs, error), waiter.job_id)
@@ -3213,7 +3218,7 @@ class LocalEngine(Engine):
         self._alarm = min(self._forget_at, *(timers.first() for timers, _ in self._alarms))
 
     def _ring(self) -> None:
-        """What the clock has brought, kind by kind; a full disk is tried again a second later."""
+        """What the clock has brought, kind by kind; what fails, as on a full disk, is tried again a second later."""
         now, again = self._now, 0.0
         for timers, verb in self._alarms:
             for _ in range(self.SWEEP):
@@ -3222,8 +3227,10 @@ class LocalEngine(Engine):
                     break
                 try:
                     verb(key)
-                except JobQueueError as error:
-                    if error.code == "disk_full":  # a disk that failed has been told of, once
+                except Exception as error:
+                    if not isinstance(error, JobQueueError):
+                        log.exception("not_done_in_time")
+                    elif error.code == "disk_full":  # a disk that failed has been told of, once
                         log.error("not_done_in_time reason=%s", error)
                     timers.set(key, now + 1)
                     again = now + 1
@@ -3281,8 +3288,14 @@ class LocalEngine(Engine):
                     self._clock.wait(self._timer, None if self._alarm == math.inf else self._alarm - now)
                 if self._closed:
                     return
-            with contextlib.suppress(JobQueueError):  # closed in between
+            try:
                 self._tick()
+            except JobQueueError:  # closed in between
+                pass
+            except Exception:  # without this thread nothing would come by the clock any more
+                log.exception("timer_failed")
+                with self._lock:
+                    self._clock.wait(self._timer, 1.0)
 
     @_verb
     def _tick(self) -> None:
@@ -5677,6 +5690,13 @@ def _tcp_state(sock: socket.socket) -> int:
         return 0
 
 
+def _close_socket(sock: socket.socket) -> None:
+    """Also for a child that was forked meanwhile, and has it too: else whoever is at the other end would not see it."""
+    with contextlib.suppress(OSError):  # the other end has left
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
 class Connection:
     """One client's socket: what came in, what is to go out, and the answer it waits for. Serving thread only."""
 
@@ -5938,7 +5958,10 @@ class Connection:
         request = _make(Request, (plan.asked, job_id, token, body, server.held >= server.max_held))
         if plan.route.slow:
             self.state = _HELD
-            server.process_request((plan, request), self)
+            try:
+                server.process_request((plan, request), self)
+            except RuntimeError:
+                self.take(error_response(JobQueueError("too_many_clients", "no thread is to be had; try again")))
             return
         try:
             answer = plan.handle(request)
@@ -6178,7 +6201,7 @@ class Connection:
             self._server.selector.unregister(self._sock)
             self._events = 0
         self._server.forget(self)
-        self._sock.close()
+        _close_socket(self._sock)
         if self._unsent is not None:
             unsent, self._unsent = self._unsent, None
             self._lose(*unsent)
@@ -6236,7 +6259,6 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
         "_longest_idle", "held", "waiting", "stopping", "now", "_second", "date", "_posted", "_awake", "_together",
         "_wake_in", "_wake_out", "_serving", "_brisk", "_spins", "_paused", "_tell_again", "knows_states",
-        "ended",
     )
     # fmt: on
 
@@ -6276,7 +6298,6 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self._brisk = False  # may the next event be near?
         self._spins = self.SPINS if _processors() > 1 else 0  # with one, those could not run who are waited for
         self._serving = 0  # the ident of the serving thread
-        self.ended = threading.Event()  # set where it serves no more
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Connection)
@@ -6335,7 +6356,6 @@ class HTTPServer(http.server.ThreadingHTTPServer):
                 self._run(self._engine.commit)
                 uncommitted = False  # what it left is the committing thread's, which posts
         self._serving = 0
-        self.ended.set()
 
     def _wait(self, patience: float | None) -> list[tuple[selectors.SelectorKey, int]]:
         """What happened, or nothing after `patience` seconds (None: no limit).
@@ -6544,7 +6564,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             self.stopping = True
             with contextlib.suppress(KeyError, ValueError):
                 self.selector.unregister(self.socket)
-            self.socket.close()
+            _close_socket(self.socket)
             for connection in list(self.connections):
                 self._run(connection.stop, seconds)
             done.set()
@@ -7111,6 +7131,55 @@ class GrpcServer:
 # Wiring, and the interface for programs: start, drain, stop.
 
 
+class _Crew:
+    """Threads that make the calls they are given, in order; another one, up to `most`, where none is free.
+
+    Unlike a ThreadPoolExecutor's they work while a program ends (atexit), nothing that Ctrl-C cuts short leaves them
+    locked, and each call is made: where no thread is to be had, or after the end, by whoever brings it.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name = most, name
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: a thread's end
+        self._lock = threading.RLock()  # a signal's handler may bring a call while one is brought
+        self._threads, self._free = 0, 0  # free: those that wait for a call, less the calls that wait for a thread
+        self._ended = False
+
+    def do(self, call: Callable[[], None]) -> None:
+        """Have it called, by a thread."""
+        with self._lock:
+            self._free -= 1
+            if self._free < 0 and self._threads < self._most:
+                self._add()
+            here = self._ended or not self._threads
+            if here:
+                self._free += 1
+            else:
+                self._calls.put(call)
+        if here:
+            call()
+
+    def _add(self) -> None:
+        with contextlib.suppress(RuntimeError):  # none is to be had
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._threads += 1
+            self._free += 1
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # and what it holds, while the next is waited for
+            with self._lock:
+                self._free += 1
+
+    def end(self) -> None:
+        """The threads end when what they were given is done; nobody waits for them."""
+        with self._lock:
+            self._ended = True
+            for _ in range(self._threads):
+                self._calls.put(None)
+
+
 class Server:
     """A job queue in your program.
 
@@ -7138,13 +7207,14 @@ class Server:
         self.stopped = threading.Event()
         self._drained = threading.Event()  # set when no job is in progress any more, or nobody wants to wait for it
         self._on_failure: list[Callable[[], None]] = []
-        self._stopping = threading.Lock()
-        # Threads that tell programs of results: what hangs in a callback of theirs holds up nobody else.
-        self._tellers = concurrent_futures.ThreadPoolExecutor(32, "jobqueue-tell")
-        # Does what the main thread must not be interrupted in (_apart).
-        self._deputy = concurrent_futures.ThreadPoolExecutor(1, "jobqueue-deputy")
+        self._lock = threading.Lock()  # held while the stop begins
+        self._stop: Future | None = None  # answered when it has come to its end
+        self._tellers = _Crew(
+            32, "jobqueue-tell"
+        )  # tell programs of results: one that hangs there holds up nobody else
+        self._deputy = _Crew(1, "jobqueue-deputy")  # does what the main thread must not be interrupted in
         self._grpc: GrpcServer | None = None
-        self._started = False
+        self._started, self._process = False, 0  # the process that started it
 
     def __getattr__(self, name: str) -> Any:
         if name in ("engine", "service", "_http"):
@@ -7160,9 +7230,19 @@ class Server:
     # -- start
 
     def start(self) -> Server:
-        """Read the journal, then listen. RuntimeError: it was started before; a Server is for one run."""
+        """Read the journal, then listen. RuntimeError: it was started before; a Server is for one run.
+
+        An interrupt (KeyboardInterrupt) while it reads ends the wait; what was started is stopped again."""
         if self._started:
             raise RuntimeError("a Server is started once; make another one")
+        try:
+            self._apart(self._start, undo=lambda _: self.stop(drain=0))
+        except BaseException:
+            self._deputy.end()
+            raise
+        return self
+
+    def _start(self) -> None:
         settings = self.settings
         tls_context(settings)  # what is wrong with these files is told before the journal is read
         Access(settings.tokens)
@@ -7172,12 +7252,9 @@ class Server:
         except BaseException:
             self.engine.close()
             raise
-        self._thread = threading.Thread(target=self._http.serve_forever, name="jobqueue-http", daemon=True)
-        self._thread.start()
-        self._started = True
+        self._started, self._process = True, os.getpid()
         grpc = _address(settings.host, self.grpc_port) if self._grpc else "off"
         log.info("ready http=%s grpc=%s data=%s fsync=%s", self.url, grpc, settings.data_dir, settings.fsync)
-        return self
 
     def _listen(self, settings: Settings) -> None:
         self.service = JobService(self.engine, settings, self.clock)
@@ -7189,14 +7266,23 @@ class Server:
                 error.errno,
                 f"cannot listen on {_address(settings.host, settings.port)}: {error.strerror}; choose another --port",
             ) from None
-        if settings.grpc_port is not None:
-            try:
-                self._grpc = GrpcServer(self.service, settings, self.clock)
-            except GrpcUnavailable as error:
-                log.warning("grpc_off reason=%s", error)
-            except BaseException:
-                self._http.server_close()
-                raise
+        self._thread = threading.Thread(target=self._http.serve_forever, name="jobqueue-http", daemon=True)
+        try:
+            if settings.grpc_port is not None:
+                self._grpc = self._grpc_server()
+            self._thread.start()
+        except BaseException:
+            self._http.server_close()
+            if self._grpc:
+                self._grpc.stop(0)
+            raise
+
+    def _grpc_server(self) -> GrpcServer | None:
+        try:
+            return GrpcServer(self.service, self.settings, self.clock)
+        except GrpcUnavailable as error:
+            log.warning("grpc_off reason=%s", error)
+            return None
 
     def _pages(self) -> dict[str, Callable[[Request], Response]]:
         """Handlers of the routes that are not about jobs, by their names."""
@@ -7265,16 +7351,31 @@ class Server:
         return _result_future(self._apart(self.service.submit, _as_bytes(payload), terms, None), self._tellers)
 
     def _apart(self, verb: Callable, *arguments: Any, undo: Callable[[Any], None] = lambda _: None) -> Any:
-        """Do it where no KeyboardInterrupt arrives: Python raises that in the main thread, also amid a write. `undo`
-        gets what the verb returns where the caller is interrupted meanwhile."""
-        if self.stopped.is_set() or threading.current_thread() is not threading.main_thread():
+        """Do it where no KeyboardInterrupt arrives, nor what else a signal's handler raises: Python raises that in the
+        main thread, also amid a write. `undo` gets what the verb returns where the caller is interrupted meanwhile."""
+        if self._elsewhere():
+            raise RuntimeError("the server runs in the process that started it, and this is a child of that")
+        if threading.current_thread() is not threading.main_thread():
             return verb(*arguments)
-        task = self._deputy.submit(verb, *arguments)
+        task = Future()
+
+        def act() -> None:
+            try:
+                task.set_result(verb(*arguments))
+            except BaseException as error:
+                task.set_result(error)
+
         try:
+            self._deputy.do(act)
             return task.result()
-        except KeyboardInterrupt:
-            task.add_done_callback(lambda task: task.exception() or undo(task.result()))
+        except BaseException:
+            task.add_done_callback(lambda task: isinstance(task.outcome, BaseException) or undo(task.outcome))
             raise
+
+    def _elsewhere(self) -> bool:
+        """Is this another process, forked from the server's? Threads are not forked, and its files are not to be
+        written to from there."""
+        return self._process not in (0, os.getpid())
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; JobQueueError when there is none, or it has come to its end."""
@@ -7300,7 +7401,7 @@ class Server:
                 future = self._apart(self.engine.poll, claim, undo=self._let_go)
                 try:
                     jobs = future.result()
-                except KeyboardInterrupt:
+                except BaseException:
                     self._apart(self._let_go, future)
                     raise
                 if not jobs and self.engine.draining():
@@ -7328,31 +7429,55 @@ class Server:
     # -- stop
 
     def stop(self, drain: float | None = None) -> None:
-        """Take no more jobs, wait up to `drain` seconds (None: as set) for those in progress, answer all, close."""
-        with self._stopping:
-            if self.stopped.is_set() or not self._started:
-                return
-            if self._grpc:
-                self._grpc.drain()
-            try:
-                self._apart(self.engine.drain).add_done_callback(lambda _: self._drained.set())
-            except JobQueueError:  # closed by a stop that was interrupted: the rest is done now
-                self._drained.set()
-            if not self.failed.is_set():
-                self._drained.wait(self.settings.drain if drain is None else drain)
-            self._apart(self.engine.close)
-            if not self._http.ended.is_set():  # else another stop was interrupted after this
-                self._http.finish(5.0)
-            if self._grpc:
-                self._apart(self._grpc.stop, 1.0)  # interrupted midway, grpcio would never come to its end
-            self._http.ended.wait(6.0)
-            self._http.abort()
-            self._apart(self._thread.join)  # interrupted, it takes the thread for ended: Python 3.10 to 3.12
-            self._http.server_close()
-            self.stopped.set()
-            self._tellers.shutdown(wait=False)
-            self._deputy.shutdown(wait=False)
-            log.info("stopped data=%s", self.settings.data_dir)
+        """Take no more jobs, wait up to `drain` seconds (None: as set) for those in progress, answer all, close.
+
+        An interrupt (KeyboardInterrupt) ends the wait for that, and not the stop; another call waits for its end."""
+        if not self._started or self._elsewhere():
+            return
+        drain = min(self.settings.drain if drain is None else drain, threading.TIMEOUT_MAX)
+        end = self._apart(self._begin_stop, drain)
+        try:
+            end.result(drain)
+        except TimeoutError:
+            self._apart(self.hurry)
+            end.result()
+
+    def _begin_stop(self, drain: float) -> Future:
+        with self._lock:
+            if self._stop is None:
+                self._stop = Future()
+                try:
+                    threading.Thread(target=self._end, args=(drain,), name="jobqueue-stop", daemon=True).start()
+                except RuntimeError:  # none is to be had
+                    self._end(drain)
+            return self._stop
+
+    def _end(self, drain: float) -> None:
+        try:
+            self._close(drain)
+        except BaseException as error:
+            self._stop.set_result(error)
+        else:
+            self._stop.set_result(None)
+
+    def _close(self, drain: float) -> None:
+        if self._grpc:
+            self._grpc.drain()
+        self.engine.drain().add_done_callback(lambda _: self._drained.set())
+        if not self.failed.is_set():
+            self._drained.wait(drain)
+        self.engine.close()
+        self._http.finish(5.0)
+        if self._grpc:
+            self._grpc.stop(1.0)
+        self._thread.join(6.0)
+        self._http.abort()
+        self._thread.join()
+        self._http.server_close()
+        self.stopped.set()
+        self._tellers.end()
+        self._deputy.end()
+        log.info("stopped data=%s", self.settings.data_dir)
 
     def hurry(self) -> None:
         """From another thread: a `stop` that waits for jobs in progress waits no longer."""
@@ -7435,7 +7560,7 @@ def _checked_option(name: str, value: Any) -> Any:
     return JOB_PARAMETERS[name][0](name, value)
 
 
-def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> concurrent_futures.Future:
+def _result_future(answer: Future, tellers: _Crew) -> concurrent_futures.Future:
     """A future of the standard library, which asyncio.wrap_future takes too; a thread of `tellers` ends it."""
     future: concurrent_futures.Future = concurrent_futures.Future()
     future.job_id = answer.job_id
@@ -7462,7 +7587,7 @@ def _result_future(answer: Future, tellers: concurrent_futures.Executor) -> conc
             for answer in asked:
                 answer.cancel()
 
-    answer.add_done_callback(lambda _: tellers.submit(tell))
+    answer.add_done_callback(lambda _: tellers.do(tell))
     future.add_done_callback(let_go)
     return future
 
@@ -8332,7 +8457,7 @@ def _submit_file(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     shown = sys.stderr is not None and sys.stderr.isatty()
     unwritten: Unwritten | None = None
     with source, contextlib.closing(_client(arguments)) as client:
-        for lines in _batches(source, 5000, 8 * MIB):  # a tenth and a half of what it takes: others come in between
+        for lines in _batches(source, 5000, 8 * MIB):  # far less than it takes at once: others come in between
             try:
                 body, ids = _submit_lines(client, lines, options)
             except (Refused, Unreachable) as error:

@@ -749,11 +749,11 @@ folder, seed = sys.argv[1:]
 rng, inside, done, taken = random.Random(seed), threading.Event(), threading.Event(), []
 def interrupt():  # one at a time, and only there where the program is ready for it
     for _ in range(200):
-        inside.wait(1)
+        inside.wait()
         time.sleep(rng.uniform(0.0005, 0.003))
         inside.clear()
         _thread.interrupt_main()
-    inside.wait(1)
+    inside.wait()
     done.set()
 with jobqueue.Server(data_dir=folder, port=0, grpc_port=None, drain=0, fsync="never") as server:
     threading.Thread(target=interrupt, daemon=True).start()
@@ -789,6 +789,9 @@ deaf = socket.socket()
 deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 deaf.connect(("127.0.0.1", server.port))
 deaf.sendall(b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n" * 400)
+# Not before an answer to it is stuck: of one whose answers are still to come, no stop waits for long.
+while not [each for each in list(server._http.connections) if each._events & jobqueue._WRITE]:
+    time.sleep(0.005)
 def stops():
     frame, names = sys._current_frames()[threading.main_thread().ident], set()
     while frame:
@@ -822,6 +825,207 @@ def test_a_stop_that_ctrl_c_ended_late_is_finished_by_another(tmp_path):
     command = [sys.executable, "-c", STOPPED_AGAIN, str(tmp_path / "data")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
+# What programs do with a server at their ends, in handlers of signals, and in children.
+PROGRAMS = {
+    "its main thread has ended, and another one goes on": """
+server = Server().start()
+def work():
+    for job in server.jobs():
+        job.complete(b"done")
+def program():
+    threading.main_thread().join()
+    print(server.submit(b"1").result(20))
+    server.stop(drain=0)
+    print(server.stopped.is_set())
+threading.Thread(target=work, daemon=True).start()
+threading.Thread(target=program).start()
+""",
+    "it stops the server at its exit": """
+server = Server().start()
+def stop():
+    server.stop(drain=0)
+    print(server.stopped.is_set())
+atexit.register(stop)
+server.submit(b"1")
+print('"op":"close"' in open(sys.argv[1] + "/journal.jsonl").read() or b"done")
+""",
+    "a handler stops the server while another call of it does": """
+server = Server(drain=2).start()
+signal.signal(signal.SIGTERM, lambda *_: server.stop())
+server.submit(b"1")
+job = next(server.jobs())
+def kill():
+    while not server.engine.draining():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        time.sleep(0.1)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+threading.Thread(target=kill, daemon=True).start()
+while not server.stopped.is_set():
+    time.sleep(0.01)
+print(b"done")
+print(True)
+""",
+    "a handler stops the server amid submits": """
+for _ in range(8):
+    server = Server(fsync="never").start()
+    signal.signal(signal.SIGTERM, lambda *_: server.stop(drain=0))
+    def kill(count):
+        while server.engine.stats()["total"] < count:
+            time.sleep(0.001)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    threading.Thread(target=kill, args=(random.randint(5, 200),), daemon=True).start()
+    try:
+        while True:
+            server.submit(b"1")
+    except jobqueue.JobQueueError as error:
+        assert error.code == "draining", error
+print(b"done")
+print(server.stopped.is_set())
+""",
+    "a handler raises what is its own while a loop waits for jobs": """
+class TooLong(Exception):
+    pass
+def ring(*_):
+    raise TooLong
+signal.signal(signal.SIGALRM, ring)
+with Server() as server:
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        next(server.jobs())
+    except TooLong:
+        pass
+    future = server.submit(b"1")
+    next(server.jobs()).complete(b"done")
+    print(future.result(20))
+print(server.stopped.is_set())
+""",
+    "a child that it forked leaves the with block": """
+with Server() as server:
+    future = server.submit(b"1")
+    child = os.fork()
+    if not child:
+        for use in (lambda: server.submit(b"2"), lambda: next(server.jobs())):
+            try:
+                use()
+                os._exit(1)
+            except RuntimeError:
+                pass
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0
+    next(server.jobs()).complete(b"done")
+    print(future.result(20))
+print(server.stopped.is_set())
+""",
+    "a child that it forked outlives the server": """
+server = Server().start()
+idle = socket.create_connection(("127.0.0.1", server.port))
+idle.sendall(b"GET /health HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+assert idle.recv(1000)
+child = os.fork()
+if not child:
+    time.sleep(60)
+    os._exit(0)
+server.stop(drain=0)
+idle.settimeout(20)
+assert idle.recv(1000) == b""
+with Server(port=server.port) as another:
+    future = another.submit(b"1")
+    next(another.jobs()).complete(b"done")
+    print(future.result(20))
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+print(server.stopped.is_set())
+""",
+}
+BEGINNING = """
+import atexit, functools, os, random, signal, socket, sys, threading, time, warnings, jobqueue
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork where there are threads
+Server = functools.partial(jobqueue.Server, **{"data_dir": sys.argv[1], "port": 0, "grpc_port": None})
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_of_many_kinds_get_their_results_and_come_to_their_end(tmp_path, program):
+    command = [sys.executable, "-c", BEGINNING + PROGRAMS[program], str(tmp_path / "data")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60)
+    assert (done.stdout.decode().split(), done.stderr.decode()) == (["b'done'", "True"], "")
+    assert done.returncode == 0
+    assert '"op":"close"' in (tmp_path / "data" / "journal.jsonl").read_text().splitlines()[-1]
+
+
+def test_what_is_submitted_while_the_server_stops_gets_its_end(start, monkeypatch, serve):
+    server, made, bound = start(), threading.Event(), jobqueue._result_future
+
+    def slow(answer, tellers):
+        made.set()
+        assert server.stopped.wait(20)
+        return bound(answer, tellers)
+
+    monkeypatch.setattr(jobqueue, "_result_future", slow)
+    submitting = serve_one(lambda: server.submit(b"1"))
+    assert made.wait(20)
+    server.stop(drain=0)
+    with pytest.raises(jobqueue.JobQueueError) as caught:
+        submitting.result(20).result(20)
+    assert caught.value.code == "draining"
+
+
+def serve_one(call):
+    """What comes of a call in a thread of its own."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """Names of which no thread can be started, as where the system has no more."""
+    names, begin = set(), threading.Thread.start
+
+    def refused(thread):
+        if any(name in thread.name for name in names):
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    return names
+
+
+def test_where_no_thread_is_to_be_had_calls_are_made_and_results_told_all_the_same(start, no_threads):
+    server = start()
+    no_threads |= {"jobqueue-tell", "jobqueue-stop"}
+    future = server.submit(b"1")
+    next(server.jobs()).complete(b"2")
+    assert future.result(20) == b"2"
+    no_threads.add("process_request_thread")
+    assert call(server.url, "GET", "/api/admin/stats").status == 503
+    no_threads.discard("process_request_thread")
+    assert call(server.url, "GET", "/api/admin/stats").status == 200
+    server.stop(drain=0)
+    assert server.stopped.is_set()
+
+
+@pytest.mark.parametrize("name", ["jobqueue-http", "jobqueue-timer", "jobqueue-commit", "jobqueue-grpc"])
+def test_a_start_without_its_threads_leaves_the_folder_free(tmp_path, no_threads, name):
+    if name == "jobqueue-grpc":
+        pytest.importorskip("grpc", reason="grpcio is not installed")
+    before = {thread for thread in threading.enumerate() if "jobqueue" in thread.name}
+    no_threads.add(name)
+    settings = {"data_dir": tmp_path / "data", "port": 0, "grpc_port": 0 if name == "jobqueue-grpc" else None}
+    with pytest.raises(RuntimeError, match="thread"):
+        jobqueue.Server(**settings).start()
+    no_threads.clear()
+    wait_until(lambda: not {thread for thread in threading.enumerate() if "jobqueue" in thread.name} - before)
+    jobqueue.Server(**settings).start().stop(drain=0)
 
 
 def test_a_program_that_changes_its_directory_keeps_its_journal(tmp_path, monkeypatch):

@@ -203,6 +203,50 @@ def test_the_timer_acts_without_anybody_calling(queue):
         future.result(PATIENCE)
 
 
+@pytest.fixture
+def fails_once(monkeypatch):
+    """fails_once(name): the next call of that function of the module finds no memory."""
+
+    def begin(name):
+        real, calls = getattr(jobqueue, name), []
+
+        def called(*arguments):
+            calls.append(arguments)
+            if len(calls) == 1:
+                raise MemoryError
+            return real(*arguments)
+
+        monkeypatch.setattr(jobqueue, name, called)
+        return calls
+
+    return begin
+
+
+@pytest.mark.parametrize("options", [{"delay": 5}, {"lease": 5}], ids=lambda options: next(iter(options)))
+def test_what_the_clock_brings_is_tried_again_after_a_mistake_and_the_timer_lives(queue, fails_once, caplog, options):
+    job = queue.submit(**options)
+    if "lease" in options:
+        queue.take()
+    waiter, calls = queue.wait_for(wait=300), fails_once("json_text")
+    queue.clock.advance(5)
+    wait_until(lambda: calls)
+    wait_until(lambda: "not_done_in_time" in caplog.text)
+    assert not waiter.done()
+    queue.clock.advance(1)
+    assert waiter.result(PATIENCE)[0].id == job.id
+    assert queue.engine._timer_thread.is_alive()
+
+
+def test_a_poll_is_answered_when_the_hand_over_to_it_finds_no_memory(queue, fails_once):
+    waiter = queue.wait_for(wait=300)
+    fails_once("lease_record")
+    queue.submit_many(1)
+    with pytest.raises(MemoryError):
+        waiter.result(PATIENCE)
+    assert queue.take().deliveries == 1
+    assert queue.engine.stats()["waiting_workers"] == 0
+
+
 def test_callbacks_run_outside_the_lock(queue):
     """A callback may call the engine: a worker's answer is written from it, and a write may fail and give back."""
     seen = []
