@@ -890,6 +890,13 @@ class Future:
             if self._callbacks:
                 self._call_back()
 
+    def answer_by(self, call: Callable[[], Any]) -> None:
+        """Answer with what `call()` returns or raises."""
+        try:
+            self.set_result(call())
+        except BaseException as error:
+            self.set_result(error)
+
     def _call_back(self) -> None:
         while self._callbacks:
             try:
@@ -1140,9 +1147,7 @@ class JournalReader:
         self.path, self._recent, self.version = path, path + _RECENT, 0
         self.seq = self.synced = self.end = self.torn = 0
         self.lacking: list[bytes] = []
-        self._recent_end = (
-            0  # the offset in the recent file behind the last good record; 0: it has none to do with this
-        )
+        self._recent_end = 0  # the offset there behind the last record of use; 0: it has none
         self.unsure, self.clean = 0, False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -1298,7 +1303,11 @@ class Journal:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             self._lock_fd = _lock_file(os.path.join(folder, ".lock"))
-            self._folder_fd = _open_folder(folder)  # kept: when it is to be synced, no more files might be to be opened
+            try:
+                self._folder_fd = _open_folder(folder)  # kept: later there may be no descriptor to be had for it
+            except OSError:
+                os.close(self._lock_fd)
+                raise
         except OSError as error:
             raise DataError(f"{folder} cannot be used as the data folder: {error.strerror}") from None
         self._reserve = _Reserve(os.path.join(folder, "reserve"), settings.reserve)
@@ -6770,11 +6779,7 @@ class _Pool:
                 self._taken += 1
             began = now
             if future.claim():
-                try:
-                    value = call()
-                except BaseException as error:
-                    value = error
-                future.set_result(value)
+                future.answer_by(call)
 
     def _have_watched(self) -> None:
         """Calls that wait must not depend on threads that may be stuck."""
@@ -7167,7 +7172,10 @@ class _Crew:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            call()
+            try:
+                call()
+            except BaseException:  # such as the SystemExit of a program's callback: others wait to be told
+                log.exception("callback_failed")
             del call  # and what it holds, while the next is waited for
             with self._lock:
                 self._free += 1
@@ -7209,9 +7217,7 @@ class Server:
         self._on_failure: list[Callable[[], None]] = []
         self._lock = threading.Lock()  # held while the stop begins
         self._stop: Future | None = None  # answered when it has come to its end
-        self._tellers = _Crew(
-            32, "jobqueue-tell"
-        )  # tell programs of results: one that hangs there holds up nobody else
+        self._tellers = _Crew(32, "jobqueue-tell")  # tell programs of results: a callback that hangs holds up no other
         self._deputy = _Crew(1, "jobqueue-deputy")  # does what the main thread must not be interrupted in
         self._grpc: GrpcServer | None = None
         self._started, self._process = False, 0  # the process that started it
@@ -7358,15 +7364,8 @@ class Server:
         if threading.current_thread() is not threading.main_thread():
             return verb(*arguments)
         task = Future()
-
-        def act() -> None:
-            try:
-                task.set_result(verb(*arguments))
-            except BaseException as error:
-                task.set_result(error)
-
         try:
-            self._deputy.do(act)
+            self._deputy.do(functools.partial(task.answer_by, functools.partial(verb, *arguments)))
             return task.result()
         except BaseException:
             task.add_done_callback(lambda task: isinstance(task.outcome, BaseException) or undo(task.outcome))
@@ -7400,7 +7399,7 @@ class Server:
             try:
                 future = self._apart(self.engine.poll, claim, undo=self._let_go)
                 try:
-                    jobs = future.result()
+                    jobs = [LeasedJob(self.service, job, self._apart) for job in future.result()]
                 except BaseException:
                     self._apart(self._let_go, future)
                     raise
@@ -7413,8 +7412,7 @@ class Server:
                     raise
                 jobs = []
                 self._drained.wait(1.0)  # until the disk takes leases again
-            for job in jobs:
-                yield LeasedJob(self.service, job, self._apart)
+            yield from jobs
 
     def _let_go(self, poll: Future) -> None:
         """Nobody takes its answer any more."""
@@ -7446,19 +7444,12 @@ class Server:
         with self._lock:
             if self._stop is None:
                 self._stop = Future()
+                stop = functools.partial(self._stop.answer_by, functools.partial(self._close, drain))
                 try:
-                    threading.Thread(target=self._end, args=(drain,), name="jobqueue-stop", daemon=True).start()
+                    threading.Thread(target=stop, name="jobqueue-stop", daemon=True).start()
                 except RuntimeError:  # none is to be had
-                    self._end(drain)
+                    stop()
             return self._stop
-
-    def _end(self, drain: float) -> None:
-        try:
-            self._close(drain)
-        except BaseException as error:
-            self._stop.set_result(error)
-        else:
-            self._stop.set_result(None)
 
     def _close(self, drain: float) -> None:
         if self._grpc:

@@ -792,19 +792,21 @@ deaf.sendall(b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n" * 400)
 # Not before an answer to it is stuck: of one whose answers are still to come, no stop waits for long.
 while not [each for each in list(server._http.connections) if each._events & jobqueue._WRITE]:
     time.sleep(0.005)
-def stops():
-    frame, names = sys._current_frames()[threading.main_thread().ident], set()
+def calls(thread):
+    frame, names = sys._current_frames().get(thread.ident), set()
     while frame:
         names.add(frame.f_code.co_name)
         frame = frame.f_back
-    return "stop" in names
-def interrupt(after):
-    while not (server._http.stopping and stops()):  # the engine is closed by then
+    return names
+def is_in(step):
+    others = [thread for thread in threading.enumerate() if thread.name == "jobqueue-stop"]
+    return "stop" in calls(threading.main_thread()) and any(step in calls(thread) for thread in others)
+def interrupt(step):
+    while not is_in(step):
         time.sleep(0.005)
-    time.sleep(after)
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-for after in (0, 0.5, 1):  # where grpcio stops; where the deaf one is waited for
-    threading.Thread(target=interrupt, args=(after,), daemon=True).start()
+for step in ("_close", "join", "join"):  # at any time; where the deaf one is waited for
+    threading.Thread(target=interrupt, args=(step,), daemon=True).start()
     try:
         server.stop(drain=0)
     except KeyboardInterrupt:
@@ -868,14 +870,14 @@ print(b"done")
 print(True)
 """,
     "a handler stops the server amid submits": """
-for _ in range(8):
+for after in (5, 20, 40, 60, 90, 120, 160, 200):
     server = Server(fsync="never").start()
     signal.signal(signal.SIGTERM, lambda *_: server.stop(drain=0))
     def kill(count):
         while server.engine.stats()["total"] < count:
             time.sleep(0.001)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-    threading.Thread(target=kill, args=(random.randint(5, 200),), daemon=True).start()
+    threading.Thread(target=kill, args=(after,), daemon=True).start()
     try:
         while True:
             server.submit(b"1")
@@ -940,7 +942,7 @@ print(server.stopped.is_set())
 """,
 }
 BEGINNING = """
-import atexit, functools, os, random, signal, socket, sys, threading, time, warnings, jobqueue
+import atexit, functools, os, signal, socket, sys, threading, time, warnings, jobqueue
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork where there are threads
 Server = functools.partial(jobqueue.Server, **{"data_dir": sys.argv[1], "port": 0, "grpc_port": None})
 """
@@ -955,7 +957,7 @@ def test_programs_of_many_kinds_get_their_results_and_come_to_their_end(tmp_path
     assert '"op":"close"' in (tmp_path / "data" / "journal.jsonl").read_text().splitlines()[-1]
 
 
-def test_what_is_submitted_while_the_server_stops_gets_its_end(start, monkeypatch, serve):
+def test_what_is_submitted_while_the_server_stops_gets_its_end(start, monkeypatch):
     server, made, bound = start(), threading.Event(), jobqueue._result_future
 
     def slow(answer, tellers):
@@ -964,7 +966,7 @@ def test_what_is_submitted_while_the_server_stops_gets_its_end(start, monkeypatc
         return bound(answer, tellers)
 
     monkeypatch.setattr(jobqueue, "_result_future", slow)
-    submitting = serve_one(lambda: server.submit(b"1"))
+    submitting = later(server.submit, b"1")
     assert made.wait(20)
     server.stop(drain=0)
     with pytest.raises(jobqueue.JobQueueError) as caught:
@@ -972,18 +974,15 @@ def test_what_is_submitted_while_the_server_stops_gets_its_end(start, monkeypatc
     assert caught.value.code == "draining"
 
 
-def serve_one(call):
-    """What comes of a call in a thread of its own."""
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
+def test_callbacks_that_end_their_thread_leave_others_to_tell_of_results(start, caplog):
+    server = start()
+    jobs = server.jobs()
+    for _ in range(40):  # more than there are threads
+        future = server.submit(b"1")
+        future.add_done_callback(lambda _: sys.exit())
+        next(jobs).complete(b"2")
+        assert future.result(20) == b"2"
+    wait_until(lambda: caplog.text.count("callback_failed") == 40)
 
 
 @pytest.fixture
