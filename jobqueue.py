@@ -94,6 +94,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import random
 import re
 import secrets
@@ -107,11 +108,12 @@ import stat
 import subprocess
 import threading
 import time
+import types
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 try:
@@ -272,7 +274,12 @@ SETTINGS = (
         "reserve", _number(int, 0, 1 << 40), MIB, "bytes of disk held back so that completions land on a full disk"
     ),
     Setting("compact_bytes", COUNT, 64 * MIB, "size from which the journal is compacted, when half of it is dead"),
-    Setting("grpc_threads", _number(int, 4, 10_000), 128, "threads of the gRPC side; three of four may be long polls"),
+    Setting(
+        "grpc_threads",
+        _number(int, 4, 10_000),
+        128,
+        "threads for gRPC health and reflection; for all calls, where grpcio is none of the known ones",
+    ),
     Setting("tokens", _text_or_none, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
     Setting("tls_cert", _text_or_none, None, "certificate file (PEM): serve both sides over TLS"),
     Setting("tls_key", _text_or_none, None, "key file (PEM) of --tls-cert"),
@@ -827,10 +834,11 @@ def complete_record(
     )
 
 
-# == Futures and timers ================================================================================================
-# What journal, engine and servers are built of: an answer to come, deadlines to come, and how long things took. In the
-# standard library a Future has a condition of its own, and sched looks through all deadlines to cancel one. A Future
-# is safe between threads; Timers and Histogram are changed by one at a time, under a lock or in the thread that serves.
+# == Futures, timers, threads ==========================================================================================
+# What journal, engine and servers are built of: an answer to come, deadlines to come, how long things took, and threads
+# for calls that take their time. In the standard library a Future has a condition of its own, and sched looks through
+# all deadlines to cancel one. A Future is safe between threads; Timers and Histogram are changed by one at a time,
+# under a lock or in the thread that serves.
 
 _PENDING, _DONE, _CANCELLED = range(3)
 
@@ -1005,6 +1013,60 @@ class Histogram:
     def observe(self, seconds: float) -> None:
         self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
         self.sum += seconds
+
+
+class _Crew:
+    """Threads that make the calls they are given, in order; another one, up to `most`, where none is free.
+
+    Unlike a ThreadPoolExecutor's they work while a program ends (atexit), nothing that Ctrl-C cuts short leaves them
+    locked, and each call is made: where no thread is to be had, or after the end, by whoever brings it.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most, self._name = most, name
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: a thread's end
+        self._lock = threading.RLock()  # a signal's handler may bring a call while one is brought
+        self._threads, self._free = 0, 0  # free: those that wait for a call, less the calls that wait for a thread
+        self._ended = False
+
+    def do(self, call: Callable[[], None]) -> None:
+        """Have it called, by a thread."""
+        with self._lock:
+            self._free -= 1
+            if self._free < 0 and self._threads < self._most:
+                with contextlib.suppress(RuntimeError):  # none is to be had
+                    self.add()
+            here = self._ended or not self._threads
+            if here:
+                self._free += 1
+            else:
+                self._calls.put(call)
+        if here:
+            call()
+
+    def add(self) -> None:
+        """One more thread; RuntimeError when none is to be had."""
+        threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        with self._lock:
+            self._threads += 1
+            self._free += 1
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except BaseException:  # such as the SystemExit of a program's callback: others wait to be told
+                log.exception("callback_failed")
+            del call  # and what it holds, while the next is waited for
+            with self._lock:
+                self._free += 1
+
+    def end(self) -> None:
+        """The threads end when what they were given is done; nobody waits for them."""
+        with self._lock:
+            self._ended = True
+            for _ in range(self._threads):
+                self._calls.put(None)
 
 
 # == Journal ===========================================================================================================
@@ -6675,8 +6737,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 # == gRPC ==============================================================================================================
 # The worker service: message -> verb -> message. grpcio is imported when a server starts with gRPC, so that without
-# it the rest runs. Its threads are the only ones that park for a long poll; fewer may park than there are, so that a
-# completion always finds one, if after a moment (_Pool).
+# it the rest runs. A call is answered by whoever has its answer, as over HTTP, and none has a thread of its own.
 
 
 class GrpcUnavailable(Exception):
@@ -6704,209 +6765,63 @@ def _import_grpc() -> tuple[Any, Any, Any]:
     return grpc, worker_pb2, worker_pb2_grpc
 
 
-class _Pool:
-    """Threads of which two run at a time, since more would only pass the interpreter lock around. One that is about to
-    wait says so, and another runs instead. Those that are stuck with a caller that does not send what it announced
-    (grpcio receives in these threads) cannot say so: when nothing has moved for a while, one more may run.
-
-    It stands in for the ThreadPoolExecutor that grpcio asks for: when a program ends, Python waits for the threads of
-    one, be it for a long poll.
-    """
-
-    RUNNING, STUCK = 2, 0.02  # threads; seconds
-
-    def __init__(self, threads: int, clock: Clock) -> None:
-        self._clock, self._most = clock, threads
-        self._calls: collections.deque[tuple[Future, Callable]] = collections.deque()
-        self._starts: SimpleQueue[bool] = SimpleQueue()  # for a thread to run; False: to end
-        self._threads, self._spare = 0, 0  # spare: those that wait for a start, less the starts that wait for a thread
-        self._running, self._limit, self._taken, self._ended = 0, self.RUNNING, 0, False
-        self._lock = threading.Lock()
-        self._turns = threading.Condition(self._lock)
-        self._unwatched = False  # is the overseer asleep? Then it is notified when a call has to wait
-        threading.Thread(target=self._oversee, name="jobqueue-grpc-overseer", daemon=True).start()
-
-    def submit(self, call: Callable, /, *args: Any, **named: Any) -> Future:
-        future = Future()
-        self._calls.append((future, functools.partial(call, *args, **named)))
-        self._start_another()
-        return future
-
-    def _start_another(self) -> None:
-        with self._lock:
-            if self._running >= self._limit or not self._calls:
-                self._have_watched()
-                return
-            self._running += 1
-            self._spare -= 1
-            add = self._spare < 0 and self._threads < self._most
-            self._threads += add
-            self._spare += add
-        self._starts.put(True)
-        if add:
-            try:
-                threading.Thread(target=self._work, name="jobqueue-grpc", daemon=True).start()
-            except RuntimeError:  # none is to be had now: the overseer asks again
-                self._do_without()
-
-    def _do_without(self) -> None:
-        with self._lock:
-            self._threads -= 1
-            self._spare -= 1
-            with contextlib.suppress(Empty):  # another has taken its start
-                self._starts.get_nowait()
-                self._running -= 1
-                self._spare += 1
-            self._have_watched()
-
-    def _work(self) -> None:
-        while self._starts.get():
-            self._run()
-
-    def _run(self) -> None:
-        began = math.inf
-        while True:
-            now = self._clock.monotonic()
-            with self._lock:
-                if now - began > self.STUCK:  # perhaps it was taken for stuck
-                    self._limit = max(self.RUNNING, self._limit - 1)
-                if self._running > self._limit or not self._calls:
-                    self._running -= 1
-                    self._spare += 1
-                    self._have_watched()
-                    return
-                future, call = self._calls.popleft()
-                self._taken += 1
-            began = now
-            if future.claim():
-                future.answer_by(call)
-
-    def _have_watched(self) -> None:
-        """Calls that wait must not depend on threads that may be stuck."""
-        if self._calls and self._unwatched:
-            self._turns.notify()
-
-    def _oversee(self) -> None:
-        while not self._ended:
-            with self._turns:
-                if not (self._calls or self._ended):
-                    self._unwatched = True
-                    self._turns.wait()
-                    self._unwatched = False
-                taken = self._taken
-                self._turns.wait(self.STUCK)
-                stuck = bool(self._calls) and self._taken == taken
-                self._limit = min(self._most, self._limit + stuck)
-            if stuck:
-                self._start_another()
-
-    def shutdown(self, wait: bool = True) -> None:
-        """The threads end, each when it has nothing to do; nobody waits for them."""
-        with self._turns:
-            self._ended = True
-            self._turns.notify()
-            for _ in range(self._threads):
-                self._starts.put(False)
-
-    def result(self, future: Future) -> Any:
-        """What comes of a future for which the calling thread, one of the pool's, may have to wait."""
-        if future.done():
-            return future.result()
-        with self._lock:
-            self._running -= 1
-        try:
-            self._start_another()
-            return future.result()
-        finally:
-            with self._lock:
-                self._running += 1
+Begun = tuple[Future, Callable[[Any], Any]]  # what a call waits for, and what makes the answer's message of it
 
 
 class WorkerServicer:
-    """One method for each of worker.proto's; each has the meaning of the HTTP route beside it."""
+    """One method for each of worker.proto's, (request, context) -> Begun; each has the meaning of the HTTP route
+    beside it."""
 
     BATCH_BYTES = 4 * MIB - 64 * KIB  # what a client takes by default, with some room for framing
 
-    def __init__(self, service: JobService, settings: Settings, messages: Any, pool: _Pool) -> None:
-        self._service, self._engine, self._messages, self._pool = service, service.engine, messages, pool
-        self._parking = threading.BoundedSemaphore(max(1, settings.grpc_threads * 3 // 4))
+    def __init__(self, service: JobService, messages: Any, most_polls: int) -> None:
+        self._service, self._engine, self._messages = service, service.engine, messages
+        self._polls = threading.BoundedSemaphore(most_polls)
 
     # -- the original's two
 
-    def RequestJob(self, request: Any, context: Any) -> Any:
+    def RequestJob(self, request: Any, context: Any) -> Begun:
         """GET /api/worker/poll"""
-        jobs = self._poll(self._claim(request, context)._replace(max=1), context)
-        if not jobs:
-            raise JobQueueError("no_jobs", "no jobs available")
-        return self._job(jobs[0])
+        return self._poll(self._claim(request, context)._replace(max=1), context, self._first)
 
-    def CompleteJob(self, request: Any, context: Any) -> Any:
+    def CompleteJob(self, request: Any, context: Any) -> Begun:
         """POST /api/worker/complete/<id>"""
         claim = self._claim(request.next_request, context)._replace(max=1) if request.next else None
-        outcome = self._wait(functools.partial(self._service.complete, *_handed_in(request)), claim, context)
-        answer = self._messages.CompleteResponse(success=True, duplicate=outcome.duplicate)
-        if outcome.next:
-            self._give_back_if_lost([outcome.next], context)
-            answer.next.CopyFrom(self._job(outcome.next))
-        return answer
+        begin = functools.partial(self._service.complete, *_handed_in(request))
+        future = self._line_up(begin, claim, context) or begin(claim._replace(wait=0.0))
+        return future, functools.partial(self._completed, context)
 
     # -- what was added
 
-    def RequestJobs(self, request: Any, context: Any) -> Any:
+    def RequestJobs(self, request: Any, context: Any) -> Begun:
         """GET /api/worker/poll?max=N; ends early where the answer would not fit a client's 4 MiB."""
-        jobs = self._poll(self._claim(request, context), context)
-        messages, size = [], 0
-        for number, job in enumerate(jobs):
-            message = self._job(job)
-            size += message.ByteSize() + 16
-            if messages and size > self.BATCH_BYTES:
-                self._engine.give_back(jobs[number:])
-                break
-            messages.append(message)
-        return self._messages.Jobs(jobs=messages)
+        return self._poll(self._claim(request, context), context, self._jobs)
 
-    def CompleteJobs(self, request: Any, context: Any) -> Any:
+    def CompleteJobs(self, request: Any, context: Any) -> Begun:
         """POST /api/worker/complete"""
         results = [_handed_in(result) for result in request.results]
-        outcomes = self._pool.result(self._service.complete_many(results))
-        rows = []
-        for (job_id, *_), outcome in zip(results, outcomes, strict=True):
-            row = self._messages.CompleteResult(job_id=job_id, status=200)
-            if isinstance(outcome, JobQueueError):
-                row.status, row.code = outcome.status, outcome.code
-            else:
-                row.duplicate = outcome.duplicate
-            rows.append(row)
-        return self._messages.CompleteResults(results=rows)
+        return self._service.complete_many(results), functools.partial(self._all_completed, results)
 
-    def FailJob(self, request: Any, context: Any) -> Any:
+    def FailJob(self, request: Any, context: Any) -> Begun:
         """POST /api/worker/fail/<id>"""
         retry = request.retry if request.HasField("retry") else None
         delay = checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
         self._service.check_size(request.error.encode(), job_id=request.job_id)
-        future = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay)
-        outcome = self._pool.result(future)
-        retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
-        return self._messages.FailResponse(
-            status=outcome.job.state, retry_in_seconds=retry_in, duplicate=outcome.duplicate
-        )
+        return self._service.fail(
+            request.job_id, request.lease_token or None, request.error, retry, delay
+        ), self._failed
 
-    def ReleaseJob(self, request: Any, context: Any) -> Any:
+    def ReleaseJob(self, request: Any, context: Any) -> Begun:
         """POST /api/worker/release/<id>"""
-        return self._messages.ReleaseResponse(
-            duplicate=self._engine.release(request.job_id, request.lease_token or None).duplicate
-        )
+        outcome = self._engine.release(request.job_id, request.lease_token or None)
+        return Future.of(outcome), lambda outcome: self._messages.ReleaseResponse(duplicate=outcome.duplicate)
 
-    def ExtendLease(self, request: Any, context: Any) -> Any:
+    def ExtendLease(self, request: Any, context: Any) -> Begun:
         """POST /api/worker/extend/<id>"""
         lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
-        job = self._engine.extend(request.job_id, request.lease_token or None, lease).job
-        cancelled = job.state == "cancelled"
-        return self._messages.ExtendResponse(
-            lease_seconds=0 if cancelled else job.lease_seconds, cancelled=cancelled, status=job.state
-        )
+        return Future.of(self._engine.extend(request.job_id, request.lease_token or None, lease)), self._extended
 
-    # -- in between
+    # -- asking
 
     def _claim(self, request: Any, context: Any) -> Claim:
         """A JobRequest; an empty one, as the original's clients send it, asks for one job of `default` at once."""
@@ -6919,11 +6834,35 @@ class WorkerServicer:
         wait = checked(_WAIT, "wait_seconds", request.wait_seconds) if request.wait_seconds else 0.0
         return Claim(queues, most, lease, wait, worker)
 
-    def _poll(self, claim: Claim, context: Any) -> list[Job]:
-        jobs = self._wait(self._engine.poll, claim, context)
-        if jobs:
-            self._give_back_if_lost(jobs, context)
-        return jobs
+    def _poll(self, claim: Claim, context: Any, shape: Callable[[list[Job]], Any]) -> Begun:
+        future = self._line_up(self._engine.poll, claim, context)
+        full = future is None
+
+        def answer(jobs: list[Job]) -> Any:
+            if jobs:
+                self._give_back_if_lost(jobs, context)
+            elif full:
+                raise JobQueueError("too_many_clients", "too many long polls over gRPC; poll without wait")
+            return shape(jobs)
+
+        return self._engine.poll(claim._replace(wait=0.0)) if full else future, answer
+
+    def _line_up(self, begin: Callable[[Claim | None], Future], claim: Claim | None, context: Any) -> Future | None:
+        """begin(claim); a caller that hangs up leaves the line. None where too many wait already: what can be
+        answered without waiting for a job is answered."""
+        if claim is None or not claim.wait:
+            return begin(claim)
+        if not self._polls.acquire(blocking=False):
+            return None
+        try:
+            future = begin(claim)
+        except BaseException:
+            self._polls.release()
+            raise
+        future.add_done_callback(lambda _: self._polls.release())
+        if not (future.done() or context.add_callback(future.cancel)):
+            future.cancel()
+        return future
 
     def _give_back_if_lost(self, jobs: list[Job], context: Any) -> None:
         """When the call ends, see whether the caller had left before its answer could be written.
@@ -6938,25 +6877,54 @@ class WorkerServicer:
         if not context.add_callback(ended):
             self._engine.give_back(jobs)
 
-    def _wait(self, begin: Callable[[Claim | None], Future], claim: Claim | None, context: Any) -> Any:
-        """Park this thread until the answer is there; a caller that hangs up leaves the line. Where too many are
-        parked already, what can be answered without waiting for a job is."""
-        if claim is None or not claim.wait:
-            return self._pool.result(begin(claim))
-        if not self._parking.acquire(blocking=False):
-            answer = self._pool.result(begin(claim._replace(wait=0.0)))
-            if answer:
-                return answer
-            raise JobQueueError(
-                "too_many_clients", "too many long polls over gRPC; poll without wait, or raise --grpc-threads"
-            )
-        try:
-            future = begin(claim)
-            if not (future.done() or context.add_callback(future.cancel)):
-                future.cancel()
-            return self._pool.result(future)
-        finally:
-            self._parking.release()
+    # -- answering
+
+    def _first(self, jobs: list[Job]) -> Any:
+        if not jobs:
+            raise JobQueueError("no_jobs", "no jobs available")
+        return self._job(jobs[0])
+
+    def _jobs(self, jobs: list[Job]) -> Any:
+        messages, size = [], 0
+        for number, job in enumerate(jobs):
+            message = self._job(job)
+            size += message.ByteSize() + 16
+            if messages and size > self.BATCH_BYTES:
+                self._engine.give_back(jobs[number:])
+                break
+            messages.append(message)
+        return self._messages.Jobs(jobs=messages)
+
+    def _completed(self, context: Any, outcome: Outcome) -> Any:
+        answer = self._messages.CompleteResponse(success=True, duplicate=outcome.duplicate)
+        if outcome.next:
+            self._give_back_if_lost([outcome.next], context)
+            answer.next.CopyFrom(self._job(outcome.next))
+        return answer
+
+    def _all_completed(self, results: list[tuple], outcomes: list[Outcome | JobQueueError]) -> Any:
+        rows = []
+        for (job_id, *_), outcome in zip(results, outcomes, strict=True):
+            row = self._messages.CompleteResult(job_id=job_id, status=200)
+            if isinstance(outcome, JobQueueError):
+                row.status, row.code = outcome.status, outcome.code
+            else:
+                row.duplicate = outcome.duplicate
+            rows.append(row)
+        return self._messages.CompleteResults(results=rows)
+
+    def _failed(self, outcome: Outcome) -> Any:
+        retry_in = outcome.job.delay if outcome.job.state == "delayed" else 0.0
+        return self._messages.FailResponse(
+            status=outcome.job.state, retry_in_seconds=retry_in, duplicate=outcome.duplicate
+        )
+
+    def _extended(self, outcome: Outcome) -> Any:
+        job = outcome.job
+        cancelled = job.state == "cancelled"
+        return self._messages.ExtendResponse(
+            lease_seconds=0 if cancelled else job.lease_seconds, cancelled=cancelled, status=job.state
+        )
 
     def _job(self, job: Job) -> Any:
         data = {"payload_bytes": job.payload} if job.kind == "binary" else {"payload": job.payload.decode()}
@@ -7011,26 +6979,158 @@ def _try_port(host: str, port: int) -> None:
         sock.listen(1)
 
 
+class _Method:
+    """One method of the worker service: permission, verb, figures, errors. `begin` waits for nothing; called as
+    grpcio calls it, in a thread for each call, it waits for the answer."""
+
+    DETAIL = 500  # characters of an error's detail: metadata, of which clients take 8 KiB, percent-encoded
+
+    def __init__(
+        self, verb: Callable[[Any, Any], Begun], access: Access, clock: Clock, count: Callable[..., None], codes: Any
+    ) -> None:
+        self._verb, self._access, self._clock, self._count, self._codes = verb, access, clock, count, codes
+
+    def begin(self, request: Any, context: Any, reply: Callable[[Any, JobQueueError | None], None]) -> None:
+        """Have `reply` called with the answer's message, or with what went wrong, by whoever has it."""
+        began = self._clock.monotonic()
+
+        def answer(future: Future) -> None:
+            message, problem = None, None
+            try:
+                message = shape(future.result())
+            except Exception as error:
+                problem = refusal_of(error)
+            status = problem.grpc_status if problem else "OK"
+            self._count(self._verb.__name__, status, self._clock.monotonic() - began, context)
+            reply(message, problem)
+
+        try:
+            if not self._access.open:
+                self._access.check(dict(context.invocation_metadata()).get("authorization"), "worker")
+            future, shape = self._verb(request, context)
+        except Exception as error:
+            future, shape = Future.of(error), None
+        future.add_done_callback(answer)
+
+    def refusal(self, problem: JobQueueError, context: Any) -> tuple[Any, str]:
+        """Status and details."""
+        context.set_trailing_metadata((("code", problem.code),))
+        detail = problem.detail
+        if len(detail) > self.DETAIL:
+            detail = detail[: self.DETAIL] + "..."
+        return getattr(self._codes, problem.grpc_status), detail
+
+    def __call__(self, request: Any, context: Any) -> Any:
+        replied = Future()
+        self.begin(request, context, lambda *reply: replied.set_result(reply))
+        message, problem = replied.result()
+        if problem:
+            context.abort(*self.refusal(problem, context))
+        return message
+
+
+def _inside_of_grpc() -> Any | None:
+    """The module of grpcio's server."""
+    try:
+        from grpc import _server
+    except ImportError:
+        return None
+    return _server
+
+
+class _Calls:
+    """Where grpcio has its calls made, in the place of a ThreadPoolExecutor.
+
+    grpcio gives each call a thread, which waits for the message and then for the answer. Going from thread to thread is
+    most of what a small call costs, and no more can wait than there are threads. So a call of a _Method gets none:
+    where grpcio tells that the message is there, the verb is called, and whoever has the answer sends it. For that one
+    has to know how grpcio makes a call (`inside`, of 1.51 to 1.85). What else there is (health, reflection) gets its
+    thread, and so does every call where grpcio is not as it is known here.
+    """
+
+    KNOWN = {
+        "_receive_message": "state call request_deserializer",
+        "_unary_response_in_pool": "rpc_event state behavior argument_thunk request_deserializer response_serializer",
+        "_status": "rpc_event state serialized_response",
+        "_Context.__init__": "self rpc_event state request_deserializer",
+    }
+
+    def __init__(self, inside: Any, threads: int) -> None:
+        self._inside, self.direct = inside, self._is_known(inside)
+        self._crew = _Crew(threads, "jobqueue-grpc")
+        self._crew.add()  # without one, a call would be made by the thread that has to tell it of its message
+
+    @classmethod
+    def _is_known(cls, inside: Any) -> bool:
+        try:
+            codes = {name: operator.attrgetter(name)(inside).__code__ for name in cls.KNOWN}
+        except AttributeError:
+            return False
+        return {name: " ".join(code.co_varnames[: code.co_argcount]) for name, code in codes.items()} == cls.KNOWN
+
+    def submit(self, call: Callable, /, *args: Any, **named: Any) -> Future:
+        how, *about = (call, *args)[-7:]  # in newer ones behind a context to run it in
+        if self.direct and how is self._inside._unary_response_in_pool and isinstance(about[2], _Method):
+            self._receive(*about)
+            return Future.of(None)
+        future = Future()
+        self._crew.do(lambda: future.answer_by(functools.partial(call, *args, **named)))
+        return future
+
+    def _receive(self, event: Any, state: Any, method: _Method, _: Any, parse: Callable, serialize: Callable) -> None:
+        """Ask for the message, and go on when it is there."""
+        inside = self._inside
+        context, parsed = inside._Context(event, state, parse), inside._receive_message(state, event.call, parse)
+
+        def reply(message: Any, problem: JobQueueError | None = None) -> None:
+            if problem:
+                status, details = method.refusal(problem, context)
+                context.set_code(status)
+                context.set_details(details)
+            inside._status(event, state, None if message is None else serialize(message))
+
+        def received(got: Any) -> Any:
+            ended = parsed(got)
+            request, state.request = state.request, None
+            try:
+                if request is not None:
+                    method.begin(request, context, reply)
+                elif not state.statused:  # an error has been told; or the caller is gone
+                    reply(None, JobQueueError("invalid_request", "a call has one message, and this one has none"))
+            except BaseException:  # the thread has others to tell
+                log.exception("grpc_call_failed")
+                event.call.cancel()
+            return ended
+
+        with state.condition:
+            event.call.start_server_batch((inside.cygrpc.ReceiveMessageOperation(0),), received)
+            state.due.add(inside._RECEIVE_MESSAGE_TOKEN)
+
+    def shutdown(self, wait: bool = True) -> None:
+        """The threads end, each when it has nothing to do; nobody waits for them."""
+        self._crew.end()
+
+
 class GrpcServer:
     """The gRPC side of a server: worker service, health, reflection."""
 
     SERVICE = "worker.WorkerService"
-    DETAIL = 500  # characters of an error's detail: metadata, of which clients take 8 KiB, percent-encoded
 
     def __init__(self, service: JobService, settings: Settings, clock: Clock) -> None:
         self._grpc, messages, stubs = _import_grpc()
         self._service, self._clock, self._access_log = service, clock, settings.access_log
         self.requests: dict[tuple[str, str], Histogram] = {}
         self._counting = threading.Lock()
-        self._pool = _Pool(settings.grpc_threads, clock)
-        servicer = WorkerServicer(service, settings, messages, self._pool)
+        self._calls = _Calls(_inside_of_grpc(), settings.grpc_threads)
+        most_polls = settings.max_connections if self._calls.direct else settings.grpc_threads * 3 // 4
+        servicer = WorkerServicer(service, messages, most_polls)
         limit = max(settings.max_batch, settings.max_payload) + 64 * KIB
         options = [
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
         ]
-        self._server = self._grpc.server(self._pool, options=options)
+        self._server = self._grpc.server(self._calls, options=options)
         self._add_service(servicer, messages, stubs)
         self._health = self._add_health()
         self._add_reflection()
@@ -7067,34 +7167,11 @@ class GrpcServer:
         return self._grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 
     def _add_service(self, servicer: WorkerServicer, messages: Any, stubs: Any) -> None:
-        """The generated registration, each method wrapped for permissions, errors and figures."""
+        """The generated registration, each method with permissions, errors and figures."""
         methods = messages.DESCRIPTOR.services_by_name["WorkerService"].methods_by_name
-        guarded = type(
-            "Guarded", (), {name: staticmethod(self._guard(name, getattr(servicer, name))) for name in methods}
-        )
-        stubs.add_WorkerServiceServicer_to_server(guarded(), self._server)
-
-    def _guard(self, name: str, method: Callable) -> Callable:
-        access = self._service.access
-
-        def call(request: Any, context: Any) -> Any:
-            begin, answer, problem = self._clock.monotonic(), None, None
-            try:
-                if not access.open:
-                    access.check(dict(context.invocation_metadata()).get("authorization"), "worker")
-                answer = method(request, context)
-            except Exception as error:
-                problem = refusal_of(error)
-            self._count(name, problem.grpc_status if problem else "OK", self._clock.monotonic() - begin, context)
-            if problem:  # outside of the try: abort raises
-                context.set_trailing_metadata((("code", problem.code),))
-                detail = problem.detail
-                if len(detail) > self.DETAIL:
-                    detail = detail[: self.DETAIL] + "..."
-                context.abort(getattr(self._grpc.StatusCode, problem.grpc_status), detail)
-            return answer
-
-        return call
+        shared = self._service.access, self._clock, self._count, self._grpc.StatusCode
+        guarded = {name: _Method(getattr(servicer, name), *shared) for name in methods}
+        stubs.add_WorkerServiceServicer_to_server(types.SimpleNamespace(**guarded), self._server)
 
     def _count(self, name: str, code: str, seconds: float, context: Any) -> None:
         with self._counting:
@@ -7129,63 +7206,11 @@ class GrpcServer:
 
     def stop(self, seconds: float) -> None:
         self._server.stop(seconds).wait()
-        self._pool.shutdown(wait=False)
+        self._calls.shutdown()
 
 
 # == Server ============================================================================================================
 # Wiring, and the interface for programs: start, drain, stop.
-
-
-class _Crew:
-    """Threads that make the calls they are given, in order; another one, up to `most`, where none is free.
-
-    Unlike a ThreadPoolExecutor's they work while a program ends (atexit), nothing that Ctrl-C cuts short leaves them
-    locked, and each call is made: where no thread is to be had, or after the end, by whoever brings it.
-    """
-
-    def __init__(self, most: int, name: str) -> None:
-        self._most, self._name = most, name
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: a thread's end
-        self._lock = threading.RLock()  # a signal's handler may bring a call while one is brought
-        self._threads, self._free = 0, 0  # free: those that wait for a call, less the calls that wait for a thread
-        self._ended = False
-
-    def do(self, call: Callable[[], None]) -> None:
-        """Have it called, by a thread."""
-        with self._lock:
-            self._free -= 1
-            if self._free < 0 and self._threads < self._most:
-                self._add()
-            here = self._ended or not self._threads
-            if here:
-                self._free += 1
-            else:
-                self._calls.put(call)
-        if here:
-            call()
-
-    def _add(self) -> None:
-        with contextlib.suppress(RuntimeError):  # none is to be had
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
-            self._threads += 1
-            self._free += 1
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                call()
-            except BaseException:  # such as the SystemExit of a program's callback: others wait to be told
-                log.exception("callback_failed")
-            del call  # and what it holds, while the next is waited for
-            with self._lock:
-                self._free += 1
-
-    def end(self) -> None:
-        """The threads end when what they were given is done; nobody waits for them."""
-        with self._lock:
-            self._ended = True
-            for _ in range(self._threads):
-                self._calls.put(None)
 
 
 class Server:

@@ -130,7 +130,7 @@ SETTINGS = {
     "uri_too_long": {"max_request_line": 200},
     "headers_too_large": {"max_headers": 500},
     "queue_full": {"max_jobs": 2},
-    "too_many_clients": {"max_held": 1, "grpc_threads": 4},  # of which three may be long polls
+    "too_many_clients": {"max_held": 1, "max_connections": 8},  # and as many long polls over gRPC
 }
 
 # == How each code is brought about over HTTP. A function that begins with "submit" tries to submit: nothing may be
@@ -341,9 +341,9 @@ def grpc_internal(world):
 
 
 def grpc_too_many_clients(world):
-    for _ in range(3):
+    for _ in range(8):
         later(world.grpc.poll, wait=300)
-    world.client.wait_workers(3)
+    world.client.wait_workers(8)
     world.grpc.poll(wait=300)
 
 
