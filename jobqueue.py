@@ -6788,7 +6788,7 @@ class WorkerServicer:
         """POST /api/worker/complete/<id>"""
         claim = self._claim(request.next_request, context)._replace(max=1) if request.next else None
         begin = functools.partial(self._service.complete, *_handed_in(request))
-        future = self._line_up(begin, claim, context) or begin(claim._replace(wait=0.0))
+        future = self._line_up(begin, claim, context) or begin(claim._replace(wait=0.0))  # the result counts anyway
         return future, functools.partial(self._completed, context)
 
     # -- what was added
@@ -6807,9 +6807,8 @@ class WorkerServicer:
         retry = request.retry if request.HasField("retry") else None
         delay = checked(_DELAY, "delay_seconds", request.delay_seconds) if request.HasField("delay_seconds") else None
         self._service.check_size(request.error.encode(), job_id=request.job_id)
-        return self._service.fail(
-            request.job_id, request.lease_token or None, request.error, retry, delay
-        ), self._failed
+        future = self._service.fail(request.job_id, request.lease_token or None, request.error, retry, delay)
+        return future, self._failed
 
     def ReleaseJob(self, request: Any, context: Any) -> Begun:
         """POST /api/worker/release/<id>"""
@@ -6848,8 +6847,7 @@ class WorkerServicer:
         return self._engine.poll(claim._replace(wait=0.0)) if full else future, answer
 
     def _line_up(self, begin: Callable[[Claim | None], Future], claim: Claim | None, context: Any) -> Future | None:
-        """begin(claim); a caller that hangs up leaves the line. None where too many wait already: what can be
-        answered without waiting for a job is answered."""
+        """begin(claim); a caller that hangs up leaves the line. None, and nothing begun, where too many wait."""
         if claim is None or not claim.wait:
             return begin(claim)
         if not self._polls.acquire(blocking=False):
@@ -6960,8 +6958,13 @@ def _handed_in(result: Any) -> tuple[str, str | None, bytes, str | None]:
 
 
 def _peer_of(context: Any) -> str:
+    return _host_of(context.peer())
+
+
+@functools.lru_cache(512)
+def _host_of(peer: str) -> str:
     """ipv4:127.0.0.1:4711 -> 127.0.0.1"""
-    return urllib.parse.unquote(context.peer().partition(":")[2].rpartition(":")[0]).strip("[]")
+    return urllib.parse.unquote(peer.partition(":")[2].rpartition(":")[0]).strip("[]")
 
 
 def _address(host: str, port: int) -> str:
@@ -6980,8 +6983,10 @@ def _try_port(host: str, port: int) -> None:
 
 
 class _Method:
-    """One method of the worker service: permission, verb, figures, errors. `begin` waits for nothing; called as
-    grpcio calls it, in a thread for each call, it waits for the answer."""
+    """One method of the worker service: permission, verb, figures, errors.
+
+    `begin` waits for nothing. Called as grpcio does, with a thread for each call, it waits for the answer.
+    """
 
     DETAIL = 500  # characters of an error's detail: metadata, of which clients take 8 KiB, percent-encoded
 
@@ -7013,7 +7018,7 @@ class _Method:
         future.add_done_callback(answer)
 
     def refusal(self, problem: JobQueueError, context: Any) -> tuple[Any, str]:
-        """Status and details."""
+        """Status and details; the code goes into the trailing metadata."""
         context.set_trailing_metadata((("code", problem.code),))
         detail = problem.detail
         if len(detail) > self.DETAIL:
@@ -7030,7 +7035,7 @@ class _Method:
 
 
 def _inside_of_grpc() -> Any | None:
-    """The module of grpcio's server."""
+    """The module in which grpcio's server is; None where there is none of its name."""
     try:
         from grpc import _server
     except ImportError:
@@ -7039,7 +7044,7 @@ def _inside_of_grpc() -> Any | None:
 
 
 class _Calls:
-    """Where grpcio has its calls made, in the place of a ThreadPoolExecutor.
+    """Has grpcio's calls made, in the place of the ThreadPoolExecutor that it asks for.
 
     grpcio gives each call a thread, which waits for the message and then for the answer. Going from thread to thread is
     most of what a small call costs, and no more can wait than there are threads. So a call of a _Method gets none:
@@ -7062,6 +7067,7 @@ class _Calls:
 
     @classmethod
     def _is_known(cls, inside: Any) -> bool:
+        """Do the functions that are used have the parameters that they had in all versions seen?"""
         try:
             codes = {name: operator.attrgetter(name)(inside).__code__ for name in cls.KNOWN}
         except AttributeError:
@@ -7082,24 +7088,28 @@ class _Calls:
         inside = self._inside
         context, parsed = inside._Context(event, state, parse), inside._receive_message(state, event.call, parse)
 
-        def reply(message: Any, problem: JobQueueError | None = None) -> None:
+        def guarded(step: Callable, *arguments: Any) -> None:
+            """Whichever thread it is has others to serve; a caller that can get no answer is told that."""
+            try:
+                step(*arguments)
+            except BaseException:
+                log.exception("grpc_call_failed")
+                event.call.cancel()
+
+        def send(message: Any, problem: JobQueueError | None) -> None:
             if problem:
                 status, details = method.refusal(problem, context)
                 context.set_code(status)
                 context.set_details(details)
-            inside._status(event, state, None if message is None else serialize(message))
+            inside._status(event, state, None if problem else serialize(message))
 
         def received(got: Any) -> Any:
             ended = parsed(got)
             request, state.request = state.request, None
-            try:
-                if request is not None:
-                    method.begin(request, context, reply)
-                elif not state.statused:  # an error has been told; or the caller is gone
-                    reply(None, JobQueueError("invalid_request", "a call has one message, and this one has none"))
-            except BaseException:  # the thread has others to tell
-                log.exception("grpc_call_failed")
-                event.call.cancel()
+            if request is not None:
+                guarded(method.begin, request, context, functools.partial(guarded, send))
+            elif not state.statused:  # where the message could not be parsed, that has been told
+                guarded(send, None, JobQueueError("invalid_request", "the call ended without its message"))
             return ended
 
         with state.condition:

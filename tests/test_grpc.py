@@ -297,6 +297,22 @@ def test_what_ends_a_thread_does_not_end_the_one_that_grpcio_tells_of_calls(star
     assert worker.poll().id == job_id
 
 
+def test_a_job_whose_answer_cannot_be_sent_is_given_back(start, monkeypatch):
+    server = start(True)
+    client, worker = Client(server), WORKERS["grpc"](server)
+    job_id = client.put()
+
+    def unable(*_):
+        raise ValueError("no answer can be sent")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobqueue._inside_of_grpc(), "_status", unable)
+        assert refusal_of(worker.poll)[0] == "CANCELLED"
+    wait_until(lambda: client.status(job_id) == "pending")
+    job = worker.poll()
+    assert (job.id, job.attempt) == (job_id, 1)
+
+
 # == A thread for each
 
 
