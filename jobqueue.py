@@ -3465,7 +3465,7 @@ SCOPES = ("client", "worker", "admin")
 # In one batch; more would hold up everybody else for more than a second (results for half of one).
 MAX_LINES = 50_000
 MAX_RESULTS = 10_000
-MAX_QUEUES = 1_000  # of one poll over gRPC; over HTTP the request line is limited
+MAX_QUEUES = 100  # of one poll: each has a line to stand in
 MAX_FORWARDED = 63 * KIB  # bytes of a job's headers: with the largest payload they fit a gRPC client's 4 MiB
 MAX_ERROR = 65536  # characters of a worker's error
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -3487,8 +3487,15 @@ def _queue(name: str, given: str) -> str:
 _queue.schema = {"type": "string", "pattern": f"^{_QUEUE.pattern}$"}
 
 
+def _distinct_queues(name: str, given: Iterable[str]) -> tuple[str, ...]:
+    queues = tuple(dict.fromkeys(_queue(name, queue) for queue in given))
+    if len(queues) > MAX_QUEUES:
+        raise ValueError(f"{name} must be at most {MAX_QUEUES} names, got {len(queues)}")
+    return queues
+
+
 def _queues(name: str, given: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_queue(name, part) for part in given.split(",")))
+    return _distinct_queues(name, given.split(","))
 
 
 _queues.schema = {"type": "string", "pattern": f"^{_QUEUE.pattern}(,{_QUEUE.pattern})*$"}
@@ -6273,6 +6280,8 @@ class Connection:
             self._events = 0
         self._server.forget(self)
         _close_socket(self._sock)
+        # The heap of deadlines may hold this object for a while yet, but not what it has read and was to send.
+        self._buffer, self._out, self._body, self._plan, self._refusal = bytearray(), b"", None, None, None
         if self._unsent is not None:
             unsent, self._unsent = self._unsent, None
             self._lose(*unsent)
@@ -6824,9 +6833,7 @@ class WorkerServicer:
 
     def _claim(self, request: Any, context: Any) -> Claim:
         """A JobRequest; an empty one, as the original's clients send it, asks for one job of `default` at once."""
-        if len(request.queues) > MAX_QUEUES:
-            raise JobQueueError("invalid_parameter", f"a poll has at most {MAX_QUEUES} queues")
-        queues = tuple(dict.fromkeys(checked(_queue, "queues", queue) for queue in request.queues)) or ("default",)
+        queues = checked(_distinct_queues, "queues", request.queues) or ("default",)
         lease = checked(_LEASE, "lease_seconds", request.lease_seconds) if request.lease_seconds else None
         most = checked(_MAX, "max", request.max) if request.max else 1
         worker = checked(_label, "worker", request.worker) or _peer_of(context)
@@ -7425,7 +7432,7 @@ class Server:
         `lease`: seconds for each job (None: what the job or the server says). ValueError: a queue or a worker cannot
         have that name, or a lease that length.
         """
-        queues = tuple(_queue("queue", name) for name in queues) or ("default",)
+        queues = _distinct_queues("queues", queues) or ("default",)
         lease = None if lease is None else _LEASE("lease", lease)
         return self._leased(Claim(queues, 1, lease, 3600.0, _label("worker", worker)))
 

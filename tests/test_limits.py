@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import resource
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -1005,3 +1007,22 @@ def test_a_refusal_reaches_a_sender_that_goes_on_sending_for_long(tmp_path, cloc
         assert answer.status == status
         assert check_problem(answer)["code"] == {401: "unauthorized", 413: "payload_too_large"}[status]
         server.stop(drain=0)
+
+
+@pytest.mark.parametrize("coding", [b"Content-Length: 3000000", b"Transfer-Encoding: chunked"], ids=["sized", "chunks"])
+def test_what_a_caller_had_sent_is_let_go_when_it_resets_its_connection(server, coding):
+    """Not only when its deadlines come up: it no longer counts as a connection."""
+    head = b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n%s\r\n\r\n" % coding
+    size = b"2dc6c0\r\n" if b"chunked" in coding else b""
+    for _ in range(10):
+        with connect(server.url) as connection:
+            connection.sendall(head + size + b"x" * 1_000_000)
+            wait_until(lambda: held_bytes() > 900_000, what="the server to have read most of it")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until(lambda: held_bytes() < 100_000, what="what was sent to be let go")
+
+
+def held_bytes() -> int:
+    """Of all connections of servers in this process."""
+    connections = [thing for thing in gc.get_objects() if isinstance(thing, jobqueue.Connection)]
+    return sum(len(each._buffer) + len(getattr(each._body, "body", b"")) for each in connections)
