@@ -5814,7 +5814,7 @@ class Connection:
         try:
             if self.state == _HANDSHAKE:
                 self._shake_hands()
-            if mask & _WRITE and self.state != _CLOSED:
+            if mask & _WRITE and self.state > _HANDSHAKE:
                 self._flush()
             if mask & _READ and self.state > _HANDSHAKE:
                 self._read()

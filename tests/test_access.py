@@ -452,6 +452,24 @@ def test_silent_callers_do_not_block_the_handshake_of_another(over_tls, certs):
         assert poll_over(over_tls, certs, None) == "NOT_FOUND"
 
 
+def test_a_certificate_that_the_socket_takes_bit_by_bit_is_sent_to_its_end(tmp_path):
+    """With a thousand names it is larger than what such a socket takes: the handshake waits for it again and again."""
+    trustme = pytest.importorskip("trustme")
+    authority, path = trustme.CA(), tmp_path / "large.pem"
+    names = [f"{number:04}.a-long-name-of-a-tenant.example.test" for number in range(1000)]
+    authority.issue_cert("localhost", *names).private_key_and_cert_chain_pem.write_to_path(str(path))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with running(tmp_path, tls_cert=path, header_timeout=5) as server, socket.socket() as caller:
+        server._http.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        caller.settimeout(20)
+        caller.connect(("127.0.0.1", server.port))
+        with context.wrap_socket(caller, server_hostname="localhost") as over_tls:
+            over_tls.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert over_tls.recv(12) == b"HTTP/1.1 200"
+
+
 def test_a_crowd_that_resets_its_connections_at_once_harms_nobody(process, certs):
     """Also with the first bytes of a handshake in the server's buffer before the connection is accepted."""
     over_tls = process("--tls-cert", str(certs.server_cert), "--tls-key", str(certs.server_key), "--grpc-port", "off")
