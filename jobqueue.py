@@ -7697,7 +7697,8 @@ class Client:
         target = self._path + path + ("?" + urllib.parse.urlencode(given, errors="surrogateescape") if given else "")
         try:
             connection = self._connect(timeout)
-            connection.request(method, target, body or None, {**self._headers, **(headers or {})})
+            with contextlib.suppress(ConnectionError, ssl.SSLError):  # refused before it was sent to its end, perhaps
+                connection.request(method, target, body or None, {**self._headers, **(headers or {})})
             answer = connection.getresponse()
             data = answer.read()
         except (OSError, http.client.HTTPException) as error:

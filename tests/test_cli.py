@@ -469,6 +469,16 @@ def test_a_server_that_is_too_busy_is_exit_75_and_a_payload_too_large_exit_1(pro
     assert "100" in client.view(job_id)["error"]
 
 
+@pytest.mark.parametrize("wire", ["plain", "tls"])
+def test_a_refusal_is_heard_though_the_server_reads_no_further(wire, tmp_path, certs, cli):
+    """It drops 64 MiB of what it has refused, and hangs up: a worker that hears nothing sends its result for ever."""
+    tls = {"tls_cert": certs.server_cert, "tls_key": certs.server_key} if wire == "tls" else {}
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, fsync="never", **tls) as server:
+        done = cli(server.url, "submit", "-", "--ca", str(certs.ca), given=bytes(100_000_000))
+        said(done, NO)
+        assert b"at most 4128768" in done.stderr
+
+
 def test_a_file_is_submitted_line_by_line_and_the_ids_are_printed_in_order(server, client, queue, tmp_path, cli):
     path = tmp_path / "many.ndjson"
     path.write_bytes(b'{"n": 1.0}\n\nplain text\n"last"')
