@@ -3670,6 +3670,12 @@ class JobService:
             [(job_id, token, *self._result(data, kind)) for job_id, token, data, kind in results]
         )
 
+    def give_back(self, jobs: list[Job]) -> None:
+        """These leased jobs did not reach their worker: back in line, uncounted; when the lease is over, if the queue
+        is closed by now."""
+        with contextlib.suppress(JobQueueError):
+            self.engine.give_back(jobs)
+
     def fail(self, job_id: str, token: str | None, error: str, retry: bool | None, delay: float | None) -> Future:
         """Future of an Outcome; of a long error the end is kept, where a traceback says what happened."""
         # A program's error may name a file whose name is no text: halves of a surrogate pair, which are escaped.
@@ -3998,7 +4004,7 @@ class HttpApi:
 
     def poll(self, request: Request) -> Later:
         claim, shape = request.asked.prepared
-        return _make(Later, (self._engine.poll(claim), shape, self._engine.give_back, True))
+        return _make(Later, (self._engine.poll(claim), shape, self._service.give_back, True))
 
     @staticmethod
     def _polled(jobs: list[Job]) -> Response:
@@ -4030,7 +4036,7 @@ class HttpApi:
 
     def _lose_next(self, outcome: Outcome) -> None:
         if outcome.next:
-            self._engine.give_back([outcome.next])
+            self._service.give_back([outcome.next])
 
     def complete_many(self, request: Request) -> Later:
         results = [self._one_result(members) for members in batch_members(request.body)]
@@ -6112,12 +6118,7 @@ class Connection:
     def _lose(self, later: Later, value: Any) -> None:
         """The answer did not reach whom it was for."""
         if later.lost and not isinstance(value, BaseException):
-            self._server.soon(functools.partial(self._tell_lost, later.lost, value))
-
-    @staticmethod
-    def _tell_lost(lost: Callable[[Any], None], value: Any) -> None:
-        with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
-            lost(value)
+            self._server.soon(functools.partial(later.lost, value))
 
     def _peer_left(self) -> bool:
         """Has the other side hung up, unseen so far? A job must not go to a worker that is gone."""
@@ -6877,10 +6878,10 @@ class WorkerServicer:
 
         def ended() -> None:
             if getattr(getattr(context, "_state", None), "client", None) == "cancelled":
-                self._engine.give_back(jobs)
+                self._service.give_back(jobs)
 
         if not context.add_callback(ended):
-            self._engine.give_back(jobs)
+            self._service.give_back(jobs)
 
     # -- answering
 
@@ -6895,7 +6896,7 @@ class WorkerServicer:
             message = self._job(job)
             size += message.ByteSize() + 16
             if messages and size > self.BATCH_BYTES:
-                self._engine.give_back(jobs[number:])
+                self._service.give_back(jobs[number:])
                 break
             messages.append(message)
         return self._messages.Jobs(jobs=messages)
@@ -7463,8 +7464,7 @@ class Server:
 
     def _give_back(self, poll: Future) -> None:
         if isinstance(poll.outcome, list):
-            with contextlib.suppress(JobQueueError):  # closed: the lease runs out, then
-                self.engine.give_back(poll.outcome)
+            self.service.give_back(poll.outcome)
 
     # -- stop
 

@@ -162,6 +162,20 @@ def test_a_stop_ends_the_polls_that_wait(server, client):
         assert end.value.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
 
 
+def test_a_job_whose_call_is_cancelled_by_the_end_of_the_server_is_no_mistake(server, client):
+    """Its answer had not left yet: grpcio tells of it when the queue is closed, and the lease runs out, then."""
+    messages = pytest.importorskip("worker_pb2_gen.worker_pb2")
+    told = []
+    context = types.SimpleNamespace(add_callback=lambda call: not told.append(call), peer=lambda: "ipv4:127.0.0.1:4711",
+                                    _state=types.SimpleNamespace(client="cancelled"))
+    job_id = client.put()
+    future, shape = jobqueue.WorkerServicer(server.service, messages, 1).RequestJob(messages.JobRequest(), context)
+    assert shape(future.result(5)).id == job_id
+    server.stop(drain=0)
+    for tell in told:
+        tell()
+
+
 def test_calls_are_counted(server, client, worker):
     client.put()
     worker.complete(worker.poll(), b"1")
