@@ -1983,9 +1983,14 @@ class _Reserve:
         return not self.spent
 
     def _allocate(self, fd: int) -> None:
-        if hasattr(os, "posix_fallocate"):
+        try:
             os.posix_fallocate(fd, 0, self._size)
             return
+        except AttributeError:  # macOS and Windows have no such call
+            pass
+        except OSError as error:  # with musl, some file systems have none (NFS); glibc writes there, as below
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
         missing = self._size - os.lseek(fd, 0, os.SEEK_END)
         if missing > 0:
             _write_all(fd, bytes(missing))

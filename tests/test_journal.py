@@ -1503,6 +1503,19 @@ def test_without_a_reserve_there_is_no_such_file(make_queue):
     assert not (Path(queue.engine.journal.folder) / "reserve").exists()
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_where_the_file_system_cannot_allocate_the_reserve_is_written(make_queue, monkeypatch, code):
+    """As NFS with musl, where the C library does not do it instead."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    queue = make_queue(reserve=50_000)
+    queue.submit()
+    assert (Path(queue.engine.journal.folder) / "reserve").stat().st_blocks * 512 >= 50_000
+
+
 class SmallDisk:
     """In place of the write call of the journal: `free` bytes, and what the reserve gives back when it is cut."""
 
