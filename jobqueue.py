@@ -206,7 +206,7 @@ def _switch(name: str, given: Any) -> bool:
 
 
 KIB, MIB = 1 << 10, 1 << 20
-DAY = 86400
+DAY, DECADE = 86400, 3650 * 86400
 
 
 class Setting(NamedTuple):
@@ -235,8 +235,8 @@ class Setting(NamedTuple):
         return f"{self.flag} ({variable})"
 
 
-SECONDS = _number(float, 0, 10 * 365 * DAY)
-COUNT = _number(int, 1, 1 << 40)
+SECONDS = _number(float, 0, DECADE)
+COUNT, COUNT_OR_NONE = _number(int, 1, 1 << 40), _number(int, 0, 1 << 40)
 _LEASE = _number(float, 1, 43200)
 _ATTEMPTS = _number(int, 1, 100)
 
@@ -256,30 +256,19 @@ SETTINGS = (
     Setting("max_request_line", COUNT, 8 * KIB, "bytes of an HTTP request line"),
     Setting("max_headers", COUNT, 32 * KIB, "bytes of the headers of a request"),
     Setting("max_connections", COUNT, 4096, "connections at the same time; fewer where ulimit -n is too low for them"),
-    Setting(
-        "max_held", COUNT, 3072, "clients held at the same time; fewer where --max-connections leaves workers no room"
-    ),
+    Setting("max_held", COUNT, 3072, "clients held at the same time; fewer where workers would have no room"),
     Setting("max_jobs", COUNT, 2_000_000, "unfinished jobs in all queues"),
     Setting("max_bytes", COUNT, 1024 * MIB, "bytes of all unfinished jobs"),
     Setting("header_timeout", SECONDS, 10, "seconds within which a request's headers must be there"),
     Setting("body_timeout", SECONDS, 10, "seconds for a body, and one more for each 16 KiB of it"),
-    Setting(
-        "idle_timeout", _number(float, 1, 10 * 365 * DAY), 120, "seconds a connection may lie idle between two requests"
-    ),
+    Setting("idle_timeout", _number(float, 1, DECADE), 120, "seconds a connection may lie idle between two requests"),
     Setting("keep_completed", SECONDS, 3600, "seconds a completed, cancelled or expired job is kept"),
     Setting("keep_failed", SECONDS, 7 * DAY, "seconds a failed job is kept"),
-    Setting("keep_jobs", _number(int, 0, 1 << 40), 10_000, "finished jobs that are kept"),
+    Setting("keep_jobs", COUNT_OR_NONE, 10_000, "finished jobs that are kept"),
     Setting("keep_bytes", _number(int, 0, 1 << 50), 256 * MIB, "bytes of finished jobs that are kept"),
-    Setting(
-        "reserve", _number(int, 0, 1 << 40), MIB, "bytes of disk held back so that completions land on a full disk"
-    ),
+    Setting("reserve", COUNT_OR_NONE, MIB, "bytes of disk held back so that completions land on a full disk"),
     Setting("compact_bytes", COUNT, 64 * MIB, "size from which the journal is compacted, when half of it is dead"),
-    Setting(
-        "grpc_threads",
-        _number(int, 4, 10_000),
-        128,
-        "threads for gRPC health and reflection; for all calls, where grpcio is none of the known ones",
-    ),
+    Setting("grpc_threads", _number(int, 4, 10_000), 128, "threads of gRPC; with an unknown grpcio, each call has one"),
     Setting("tokens", _text_or_none, None, "file of access tokens, a line each: SCOPE[,SCOPE] TOKEN [NAME]"),
     Setting("tls_cert", _text_or_none, None, "certificate file (PEM): serve both sides over TLS"),
     Setting("tls_key", _text_or_none, None, "key file (PEM) of --tls-cert"),
