@@ -4539,10 +4539,12 @@ def _operation(route: Route) -> dict[str, Any]:
     answers = _ANSWERS.get(route.handler, {"200": route.summary})
     kind = _OTHER_TYPES.get(route.handler, "application/json")
     problem = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    job_id = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}}
     operation: dict[str, Any] = {
         "operationId": route.handler,
         "summary": route.summary,
         "parameters": [
+            *([job_id] if "{job_id}" in route.path else []),
             *(
                 {"name": name, "in": "query", "description": text, "schema": parse.schema}
                 for name, (parse, text) in route.parameters.items()
@@ -4560,10 +4562,6 @@ def _operation(route: Route) -> dict[str, Any]:
             "default": {"description": "What went wrong", "content": problem},
         },
     }
-    if "{job_id}" in route.path:
-        operation["parameters"].insert(
-            0, {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}}
-        )
     if route.body:
         operation["requestBody"] = {"content": _BODY_CONTENT.get(route.handler, {"*/*": {}})}
     if route.scope:
@@ -7967,7 +7965,8 @@ class PolledJob:
 
 
 class _Heartbeat(threading.Thread):
-    """Extends the lease at a third of it, and every 10 s at least; a job that was cancelled or lost is stopped."""
+    """Extends the lease at a third of it, and every 10 s at least, so that a job that was cancelled is soon stopped; so
+    is one that was lost."""
 
     def __init__(self, client: Client, job: PolledJob) -> None:
         super().__init__(daemon=True)
@@ -7981,7 +7980,6 @@ class _Heartbeat(threading.Thread):
 
     def _beat(self, job: PolledJob) -> None:
         path = f"/api/worker/extend/{job.id}"
-        # A cancelled job is noticed within 10 s, however long the lease.
         while not self._over.wait(min(job.lease / 3, 10.0)):
             try:
                 cancelled = self._client.ask(
@@ -8621,16 +8619,12 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 def pause(arguments: argparse.Namespace) -> int:
     """Hand out no more jobs of a queue, or of all."""
-    return _set_paused(arguments, "pause")
+    return _print_answer(arguments, _paused, "POST", "/api/admin/pause", queue=arguments.queue)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Hand out again."""
-    return _set_paused(arguments, "resume")
-
-
-def _set_paused(arguments: argparse.Namespace, verb: str) -> int:
-    return _print_answer(arguments, _paused, "POST", f"/api/admin/{verb}", queue=arguments.queue)
+    return _print_answer(arguments, _paused, "POST", "/api/admin/resume", queue=arguments.queue)
 
 
 def _paused(body: bytes) -> list[str]:
