@@ -1323,8 +1323,8 @@ class Journal:
         settings: Settings,
         clock: Clock,
         lock: contextlib.AbstractContextManager,
-        failed: Callable[[], None] = lambda: None,
-        full: Callable[[], None] = lambda: None,
+        failed: Callable[[], None],
+        full: Callable[[], None],
     ) -> None:
         folder = os.path.abspath(folder)  # a program may change its directory
         self.folder, self.path = folder, os.path.join(folder, "journal.jsonl")
@@ -1792,7 +1792,7 @@ class Journal:
         """`_committing` is held, so what is synced in both files is all that anybody was told of."""
         try:
             new.follow()
-            new.sync()
+            _sync_file(new.file)
             with self._tail:
                 new.follow()
                 new.replace()
@@ -1830,7 +1830,7 @@ class _NewFile:
             self._write_snapshot(last - count, last, bodies)
             self.snapshot_size = self.size
             self.follow()
-            self.sync()
+            _sync_file(self.file)
         except BaseException:
             self.discard()
             raise
@@ -1866,9 +1866,6 @@ class _NewFile:
                     raise OSError(errno.EIO, "the journal is shorter than what was written to it")
                 self._write(chunk)
                 self._offset += len(chunk)
-
-    def sync(self) -> None:
-        _sync_file(self.file)
 
     def replace(self) -> None:
         """Take the old file's place."""
