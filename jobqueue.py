@@ -5798,7 +5798,7 @@ class Connection:
         self._started = self._lingered = 0
         self._looked_at = 0  # bytes of a head that is not whole in which no bare line end was found
         self.state = _HANDSHAKE if server.tls else _READING
-        self.deadline = server.now + (server.settings.header_timeout if server.tls else server.patience)
+        self.deadline = server.now + (server.settings.header_timeout if server.tls else server.idle_timeout)
         self._events = _READ
         server.selector.register(sock, self._events, self.on_event)
         server.arm(self, self.deadline)
@@ -5835,7 +5835,7 @@ class Connection:
             raise
         else:
             self.state = _READING
-            self._set_deadline(self._server.now + self._server.patience)
+            self._set_deadline(self._server.now + self._server.idle_timeout)
             self._listen(_READ)
             if self._refusal is not None:
                 self.refuse_at_once(self._refusal)
@@ -6133,7 +6133,7 @@ class Connection:
         if self._write(data) and not keep:
             self._linger()
         elif not self._out:
-            self._set_deadline(server.now + server.patience)
+            self._set_deadline(server.now + server.idle_timeout)
 
     def _write(self, data: bytes) -> bool:
         """Send, or keep what the socket does not take; False when the connection is gone."""
@@ -6171,7 +6171,7 @@ class Connection:
             elif not self._keep:
                 self._linger()
             elif self.state == _READING:
-                self._set_deadline(self._server.now + self._server.patience)
+                self._set_deadline(self._server.now + self._server.idle_timeout)
                 self._advance()
 
     def _refuse(self, error: JobQueueError) -> None:
@@ -6213,7 +6213,7 @@ class Connection:
             if self._is_deaf() and self._peer_left():
                 self.close()
                 return
-            self.deadline = now + (self.LOOK if self._is_deaf() else self._server.patience)
+            self.deadline = now + (self.LOOK if self._is_deaf() else self._server.idle_timeout)
         if self.deadline > now:
             self._server.arm(self, self.deadline)
         elif self._begun() and not self._out:
@@ -6237,7 +6237,7 @@ class Connection:
         """Seconds for which it has been waiting for a request; below 0: it is not."""
         if self.state != _READING or self._out or self._begun():
             return -1.0
-        return now - (self.deadline - self._server.patience)
+        return now - (self.deadline - self._server.idle_timeout)
 
     def has_more(self) -> bool:
         """Has something come that was not read yet, be it the end?"""
@@ -6325,10 +6325,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     # Slots: see LocalEngine. ThreadingHTTPServer has a dictionary for its own.
     # fmt: off
     __slots__ = (
-        "settings", "_clock", "patience", "_access_log", "max_connections", "max_held", "_engine", "usual_head", "tls",
+        "settings", "_clock", "idle_timeout", "_access_log", "max_connections", "max_held", "_engine", "usual_head",
         "_planner", "no_plan", "requests", "_known_plan", "_known_kind", "selector", "timers", "_due", "connections",
         "_longest_idle", "held", "waiting", "stopping", "now", "_second", "date", "_posted", "_awake", "_together",
-        "_wake_in", "_wake_out", "_serving", "_brisk", "_spins", "_paused", "_tell_again", "knows_states",
+        "_wake_in", "_wake_out", "_serving", "_brisk", "_spins", "_paused", "_tell_again", "knows_states", "tls",
     )
     # fmt: on
 
@@ -6343,7 +6343,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         self, address: tuple[str, int], api: HttpApi, service: JobService, settings: Settings, clock: Clock
     ) -> None:
         self.settings, self._clock = settings, clock
-        self.patience, self._access_log = settings.idle_timeout, settings.access_log
+        self.idle_timeout, self._access_log = settings.idle_timeout, settings.access_log
         files = _file_limit()
         self.max_connections, self.max_held = _room(settings, files)
         self._engine = service.engine
