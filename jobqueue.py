@@ -313,8 +313,8 @@ def readable(flag: str, path: str, *kinds: str) -> str:
 class Clock:
     """The only place where time is read."""
 
-    monotonic = staticmethod(time.monotonic)
-    time = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)  # seconds, from no moment in particular; never set
+    time = staticmethod(time.time)  # seconds since 1970
 
     def wait(self, condition: threading.Condition, seconds: float | None) -> None:
         """Wait on `condition`, which is held, until it is notified or `seconds` are over (None: no limit)."""
@@ -440,7 +440,7 @@ TRANSITIONS = {
 
 
 class Terms(NamedTuple):
-    """What a submission says beside its payload. None: the server's figure, or no limit."""
+    """What a submission says beside its payload. Spans are seconds; None: the server's figure, or no limit."""
 
     queue: str = "default"
     priority: int = 0
@@ -7376,9 +7376,10 @@ class Server:
         """Submit a job; a Future of the result's bytes.
 
         Options: priority, delay, ttl, lease, attempts, as over HTTP; so are the headers: what is private to a
-        connection is left out, ValueError tells what is malformed. The future's `result` raises JobQueueError when
-        the job failed, expired or was cancelled, and TimeoutError (the job goes on). Cancelling it does not cancel
-        the job; `server.cancel(future.job_id)` does.
+        connection is left out, ValueError tells what is malformed. JobQueueError: it was not accepted, as its code says
+        (queue_full, draining, disk_full, key_reused ...). The future's `result` raises JobQueueError when the job
+        failed, expired or was cancelled, and TimeoutError (the job goes on). Cancelling it does not cancel the job;
+        `server.cancel(future.job_id)` does.
         """
         options = {name: _checked_option(name, value) for name, value in {**options, "queue": queue}.items()}
         headers = headers or {}
@@ -7413,7 +7414,7 @@ class Server:
         self._apart(self.engine.cancel, job_id).result()
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """A job as GET /api/jobs shows it: status, attempts, times, error."""
+        """A job as GET /api/jobs shows it: status, attempts, times, error; JobQueueError when there is none."""
         return job_view(self._apart(self.engine.view, job_id, 0).result())
 
     def jobs(self, *queues: str, lease: float | None = None, worker: str = "in-process") -> Iterator[LeasedJob]:
@@ -7538,7 +7539,11 @@ class Server:
 
 
 class LeasedJob:
-    """A job in the hands of a worker in this program: its fields, and complete, fail, release, extend."""
+    """A job in the hands of a worker in this program: its fields, and complete, fail, release, extend.
+
+    These four raise JobQueueError where it is no longer this worker's (lease_lost, job_finished, job_not_found), or
+    where the disk is full; said again, the first three do nothing more. ValueError: a span is out of range.
+    """
 
     def __init__(self, service: JobService, job: Job, apart: Callable) -> None:
         self._service, self._job, self._apart = service, job, apart
@@ -7550,7 +7555,7 @@ class LeasedJob:
         self._apart(self._service.complete, self.id, self._job.token, _as_bytes(result)).result()
 
     def fail(self, error: str, *, retry: bool = True, delay: float | None = None) -> None:
-        """The attempt failed, for `error`; the next one comes after `delay` seconds (None: as the server has it)."""
+        """The attempt failed, for `error`; the next one comes after `delay` seconds (None: 1, 2, 4 ... 300, about)."""
         if not isinstance(error, str):
             raise TypeError(f"the error must be a str, got {type(error).__name__}")
         delay = None if delay is None else _DELAY("delay", delay)
