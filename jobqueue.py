@@ -8607,7 +8607,10 @@ def requeue(arguments: argparse.Namespace) -> int:
 
 def _requeued(body: bytes) -> list[str]:
     answer = json.loads(body)
-    return [f"{answer['requeued']} jobs requeued" + (f", then: {answer['stopped']}" if "stopped" in answer else "")]
+    done = f"{answer['requeued']} jobs requeued"
+    if "stopped" in answer:
+        raise Refused(EXIT_NO, f"{done}, then: {answer['stopped']}", 200, body)
+    return [done]
 
 
 def _message(body: bytes) -> list[str]:

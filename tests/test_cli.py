@@ -625,6 +625,29 @@ def test_stats_shows_each_queue_and_the_sum(server, client, queue):
     assert json.loads(said(spawn(server.url, "stats", "--json")))["queues"][queue]["delayed"] == 1
 
 
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["for people", "json"])
+def test_a_requeue_that_stops_midway_is_exit_1_and_says_what_was_done(flags, tmp_path, monkeypatch, cli):
+    with jobqueue.Server(data_dir=tmp_path / "data", port=0, grpc_port=None, fsync="never", reserve=0) as server:
+        for number in range(3):
+            server.submit(b"%d" % number, attempts=1)
+            next(server.jobs()).fail("no")
+        monkeypatch.setattr(jobqueue.LocalEngine, "SWEEP", 2)
+        real, written = jobqueue._write_all, []
+
+        def write(fd: int, data: bytes) -> None:
+            written.append(data)
+            if len(written) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(fd, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jobqueue, "_write_all", write)
+            done = cli(server.url, "requeue", "--status", "failed", *flags)
+    said(done, NO)
+    assert b"2 jobs requeued, then: the disk did not take it" in done.stderr
+    assert (json.loads(done.stdout)["requeued"] == 2) if flags else (done.stdout == b"")
+
+
 def test_cancel_and_requeue_one_job_and_all_that_failed(server, client, queue, cli):
     first, second = client.put(queue=queue), client.put(queue=queue)
     said(cli(server.url, "cancel", first))
