@@ -3894,7 +3894,7 @@ class HttpApi:
         preferences = _PREFERENCE.findall(asked.headers["prefer"])
         parts = [part.partition(";")[0].strip().lower() for part in preferences]
         for part in parts:
-            if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,18})"?', part):
+            if match := re.fullmatch(r'wait\s*=\s*"?([0-9]{1,18}(?:\.[0-9]{1,6})?)"?', part):
                 return min(float(match[1]), DAY), f"wait={match[1]}"
         if any(re.fullmatch(r'respond-async(\s*=\s*"")?', part) for part in parts):
             return 0.0, "respond-async"
@@ -7001,14 +7001,18 @@ class _Method:
             try:
                 message = shape(future.result())
             except Exception as error:
-                problem = refusal_of(error)
-            status = problem.grpc_status if problem else "OK"
-            self._count(self._verb.__name__, status, self._clock.monotonic() - began, context)
-            reply(message, problem)
+                # Its traceback has the frames of this call, which has the error: no cycle, for each poll without a job.
+                problem = refusal_of(error).with_traceback(None)
+            try:
+                status = problem.grpc_status if problem else "OK"
+                self._count(self._verb.__name__, status, self._clock.monotonic() - began, context)
+            finally:  # a program's log filter may raise
+                reply(message, problem)
 
         try:
             if not self._access.open:
-                self._access.check(dict(context.invocation_metadata()).get("authorization"), "worker")
+                given = [value for name, value in context.invocation_metadata() if name == "authorization"]
+                self._access.check(", ".join(given) or None, "worker")  # two are none, as over HTTP
             future, shape = self._verb(request, context)
         except Exception as error:
             future, shape = Future.of(error), None
@@ -7136,6 +7140,9 @@ class GrpcServer:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", limit),
+            # Those of a burst that Python has not come to yet: of more than 1,000 the core refuses some.
+            ("grpc.server.max_pending_requests", 1_000_000),
+            ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
         ]
         self._server = self._grpc.server(self._calls, options=options)
         self._add_service(servicer, messages, stubs)
@@ -8793,7 +8800,7 @@ def _submit_flags(parser: argparse.ArgumentParser) -> None:
 def _jobs_flags(parser: argparse.ArgumentParser) -> None:
     _asking_flags(parser)
     parser.add_argument("job_id", nargs="?", metavar="JOB_ID", help="show this job")
-    parser.add_argument("--queue", help="of this queue only")
+    parser.add_argument("--queue", type=_flag(_queue), help="of this queue only")
     parser.add_argument("--status", choices=(*STATES, "running"), help="in this state only; running: processing")
     parser.add_argument(
         "--limit", type=_flag(_number(int, 1, 10**9)), default=100, metavar="N", help="at most so many (default 100)"
@@ -8804,7 +8811,7 @@ def _requeue_flags(parser: argparse.ArgumentParser) -> None:
     _asking_flags(parser)
     parser.add_argument("job_id", nargs="?", metavar="JOB_ID")
     parser.add_argument("--status", choices=_REQUEUABLE, help="all that ended so")
-    parser.add_argument("--queue", help="with --status: of this queue only")
+    parser.add_argument("--queue", type=_flag(_queue), help="with --status: of this queue only")
 
 
 def _cancel_flags(parser: argparse.ArgumentParser) -> None:
@@ -8814,7 +8821,7 @@ def _cancel_flags(parser: argparse.ArgumentParser) -> None:
 
 def _queue_flags(parser: argparse.ArgumentParser) -> None:
     _asking_flags(parser)
-    parser.add_argument("--queue", help="this queue (default: all)")
+    parser.add_argument("--queue", type=_flag(_queue), help="this queue (default: all)")
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:

@@ -304,10 +304,17 @@ def test_a_closed_standard_input_is_exit_2(server):
 
 
 def test_an_argument_that_is_no_text_is_told_by_the_server(server):
-    for arguments in (["jobs", "--queue", "\udcff"], ["pause", "--queue", "\udcff"], ["cancel", "\udcff"]):
-        done = spawn(server.url, *arguments)
-        said(done, NO)
-        assert b"queue must be" in done.stderr or b"there is no" in done.stderr, done.stderr
+    done = spawn(server.url, "cancel", "\udcff")
+    said(done, NO)
+    assert b"there is no" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", ["submit 1", "work", "jobs", "pause", "resume", "requeue --status failed"])
+@pytest.mark.parametrize("name", ["no name", "\udcff", "a" * 101], ids=ascii)
+def test_what_is_no_name_of_a_queue_is_exit_2(command, name):
+    done = spawn(NOBODY, *command.split(), "--queue", name, *(["--", "cat"] if command == "work" else []))
+    said(done, USAGE)
+    assert b"must be 1 to 64 of" in done.stderr
 
 
 def test_commands_leave_nothing_open(server, queue):

@@ -138,7 +138,7 @@ def test_the_preference_that_was_applied_is_said(client, clock, waiting):
 
 @pytest.mark.parametrize("headers, options", [
     ({}, {"wait": 5}), ({"Prefer": "wait=5"}, {}), ({"Prefer": "respond-async, wait=5"}, {}),
-    ({"Prefer": "wait=5, respond-async"}, {}), ({"Prefer": "x, wait=5; q=1"}, {}),
+    ({"Prefer": "wait=5, respond-async"}, {}), ({"Prefer": "x, wait=5; q=1"}, {}), ({"Prefer": "wait=5.0"}, {}),
 ], ids=str)
 def test_within_its_wait_a_client_gets_the_result_else_the_202(client, worker, clock, waiting, headers, options):
     held = later(client.submit, b"1", headers, **options)

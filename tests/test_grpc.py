@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import types
 
@@ -110,6 +111,9 @@ def test_a_token_is_asked_for(start, direct, tmp_path):
     with pytest.raises(grpc.RpcError) as none:
         worker.stub.RequestJob(worker._request(), metadata=[("authorization", "Bearer secret")], timeout=20)
     assert none.value.code() == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError) as two:
+        worker.stub.RequestJob(worker._request(), metadata=[("authorization", "Bearer secret")] * 2, timeout=20)
+    assert two.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_message_that_is_none_is_refused_and_others_are_served(server, client, worker):
@@ -232,6 +236,41 @@ def test_the_place_of_a_poll_that_is_over_is_free_again(full, clock):
     assert at_once(*[lambda: client.put()] * 3) and len(worker.poll_many(3, wait=20)) == 3
 
 
+def test_a_log_filter_that_raises_keeps_no_answer_from_its_caller(start, direct):
+    server = start(direct, access_log=True, grpc_threads=4)
+    client, worker = Client(server), WORKERS["grpc"](server)
+
+    def refuse(record):
+        if "grpc=" in record.getMessage():
+            raise ValueError("a filter that fails")
+        return True
+
+    level = jobqueue.log.level
+    jobqueue.log.addFilter(refuse)
+    jobqueue.log.setLevel("INFO")
+    try:
+        assert [worker.poll() for _ in range(8)] == [None] * 8
+        job_id = client.put()
+        assert worker.poll().id == job_id
+    finally:
+        jobqueue.log.removeFilter(refuse)
+        jobqueue.log.setLevel(level)
+
+
+def test_a_poll_without_a_job_leaves_nothing_for_the_collector(client, worker):
+    for _ in range(50):  # what is kept for later is kept by now
+        worker.poll()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            worker.poll()
+        calls = [thing for thing in gc.get_objects() if type(thing).__name__ == "_RPCState"]
+    finally:
+        gc.enable()
+    assert len(calls) < 50
+
+
 # == Without a thread for each
 
 
@@ -293,6 +332,20 @@ def test_long_polls_and_callers_that_never_send_their_message_take_no_thread(sta
         finally:
             ended.set()
         assert {call.exception(20).code() for call in silent} == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def test_a_burst_is_served_to_the_last_call(start):
+    """Also what comes before Python has told the core to take it."""
+    server = start(True)
+    client, worker = Client(server), WORKERS["grpc"](server)
+    polls = [worker.stub.RequestJob.future(worker._request(queue="crowd", wait=300)) for _ in range(3_000)]
+    client.wait_workers(3_000)
+    ids = {client.put(queue="crowd") for _ in range(20)}
+    wait_until(lambda: sum(poll.done() for poll in polls) == 20, what="the answers")
+    assert {poll.result(0).id for poll in polls if poll.done()} == ids
+    for each in polls:
+        each.cancel()
+    client.wait_workers(0)
 
 
 def test_what_ends_a_thread_does_not_end_the_one_that_grpcio_tells_of_calls(start, monkeypatch):
