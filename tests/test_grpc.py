@@ -119,14 +119,16 @@ def test_a_token_is_asked_for(start, direct, tmp_path):
     assert two.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_message_that_is_none_is_refused_and_others_are_served(server, client, worker):
+def test_a_message_that_is_none_is_refused_and_others_are_served(server, client, worker, direct):
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         with pytest.raises(grpc.RpcError) as garbage:
             channel.unary_unary("/worker.WorkerService/RequestJob")(b"\xff" * 9, timeout=20)
         assert garbage.value.code() == grpc.StatusCode.INTERNAL
         with pytest.raises(grpc.RpcError) as nothing:
             channel.stream_unary("/worker.WorkerService/RequestJob")(iter(()), timeout=20)
-        assert nothing.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+        # Where there is a thread for each call, grpcio tells that itself.
+        told = grpc.StatusCode.INVALID_ARGUMENT if direct else grpc.StatusCode.UNIMPLEMENTED
+        assert nothing.value.code() == told
     job_id = client.put()
     assert worker.poll().id == job_id
 
@@ -166,7 +168,7 @@ def test_a_stop_ends_the_polls_that_wait(server, client):
     for each in polls:
         with pytest.raises(grpc.RpcError) as end:
             each.result(20)
-        assert end.value.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
+        assert (end.value.code(), end.value.details()) == (grpc.StatusCode.NOT_FOUND, "no jobs available")
 
 
 def test_a_job_whose_call_is_cancelled_by_the_end_of_the_server_is_no_mistake(server, client):
@@ -261,17 +263,19 @@ def test_a_log_filter_that_raises_keeps_no_answer_from_its_caller(start, direct)
 
 
 def test_a_poll_without_a_job_leaves_nothing_for_the_collector(client, worker):
-    for _ in range(50):  # what is kept for later is kept by now
-        worker.poll()
     gc.collect()
-    gc.disable()
+    gc.disable()  # what is freed without it is in no cycle
     try:
         for _ in range(100):
             worker.poll()
-        calls = [thing for thing in gc.get_objects() if type(thing).__name__ == "_RPCState"]
+        wait_until(lambda: calls_in_memory() <= 2, what="their end")  # the last is in the hands of grpcio's loop
     finally:
         gc.enable()
-    assert len(calls) < 50
+
+
+def calls_in_memory():
+    """As grpcio's server holds them."""
+    return sum(type(thing).__name__ == "_RPCState" for thing in gc.get_objects())
 
 
 # == Without a thread for each
